@@ -674,7 +674,7 @@ for _size, _dim, _n_projectors in [("S", 384, 3), ("B", 512, 5), ("L", 768, 7)]:
     MODELS[f"Sana-{_size}/2"] = dict(dim=_dim, **LADDER[0][1])
     MODELS[f"DyDi-LiT-{_size}/2"] = dict(dim=_dim, **_banks)
 # A model that two CPU cores train in minutes, on 32x32 pixels.
-MODELS["DyDi-LiT-XS/4"] = dict(dim=128, depth=4, patch_size=4, image_size=32, vae_factor=1, in_channels=3, n_classes=10)
+MODELS["DyDi-LiT-XS/4"] = dict(dim=96, depth=4, patch_size=4, image_size=32, vae_factor=1, in_channels=3, n_classes=10)
 
 
 def build_model(name, **overrides):

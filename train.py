@@ -38,15 +38,17 @@ import dydilit
 
 SMALL_MODEL = "DyDi-LiT-XS/4"
 KNOBS = {   # of training: the small model's default (minutes on a CPU), the other models' (the paper's Sub-IN runs), what
-    "steps": (3600, 100_600, "optimizer steps"),
+    "steps": (4000, 100_600, "optimizer steps"),
     "batch_size": (16, 256, "images per step, over all processes"),
-    "lr": (1.5e-3, 1e-4, "learning rate of AdamW, constant, without weight decay"),
+    "lr": (2e-3, 1e-4, "learning rate of AdamW (without weight decay)"),
+    "cooldown": (1.0, 0.0, "last share of the steps over which the learning rate falls to zero; 0: constant"),
+    "snr_cap": (0.5, 0.0, "weighs losses by min(1, cap / signal-to-noise ratio) (Hang et al. 2023); 0: all weigh 1"),
     "ema": (0.998, 0.9999, "decay of the weights' moving average, which is what gets sampled"),
-    "cfg": (2.0, 4.0, "guidance scale of the sample grids"),
+    "cfg": (4.0, 4.0, "guidance scale of the sample grids"),
     "sampling_steps": (50, 250, "denoising steps of the sample grids"),
     "log_every": (50, 50, "steps between lines of log.csv"),
     "save_every": (300, 1000, "steps between checkpoints"),
-    "sample_every": (1200, 10_000, "steps between sample grids"),
+    "sample_every": (2000, 10_000, "steps between sample grids"),
 }
 
 
@@ -186,7 +188,7 @@ class Data:
         return x, torch.from_numpy(self.labels[index])
 
 
-SHAPES = ["circle", "ring", "square", "triangle", "star", "heart", "moon", "cross", "smiley", "house"]
+SHAPES = ["circle", "ring", "triangle", "star", "heart", "moon", "cross", "smiley", "stripes", "checkers"]
 
 
 def shapes(n=20_000, seed=0, size=32):
@@ -199,9 +201,7 @@ def shapes(n=20_000, seed=0, size=32):
         if label == "circle":
             return r - 0.9
         if label == "ring":
-            return np.abs(r - 0.7) - 0.2
-        if label == "square":
-            return np.maximum(a, np.abs(y)) - 0.78
+            return np.abs(r - 0.72) - 0.2
         if label == "triangle":
             return np.maximum(-y, 0.866 * a + 0.5 * y) - 0.55
         if label == "star":                                             # five mirrored wedges around the upright
@@ -214,10 +214,12 @@ def shapes(n=20_000, seed=0, size=32):
         if label == "cross":
             return np.minimum(np.maximum(a - 0.28, np.abs(y) - 0.88), np.maximum(a - 0.88, np.abs(y) - 0.28))
         if label == "smiley":
-            eyes, mouth = np.hypot(a - 0.33, y - 0.28) - 0.17, np.maximum(np.abs(r - 0.52) - 0.11, y + 0.12)
+            eyes, mouth = np.hypot(a - 0.35, y - 0.3) - 0.19, np.maximum(np.abs(r - 0.55) - 0.12, y + 0.1)
             return np.maximum(r - 0.95, -np.minimum(eyes, mouth))
-        roof, body = np.maximum(0.1 - y, (0.75 * a + y - 0.9) / 1.25), np.maximum(a - 0.6, np.abs(y + 0.28) - 0.59)
-        return np.maximum(np.minimum(roof, body), -np.maximum(a - 0.17, y + 0.3))       # a door in the house
+        field = np.maximum(a, np.abs(y)) - 0.87                         # a square that three bars or four cells fill
+        if label == "stripes":
+            return np.maximum(field, np.abs((y + 0.87) % 0.696 - 0.174) - 0.174)
+        return np.maximum(field, -np.where(x * y > 0, -1, 1) * np.minimum(a, np.abs(y)))
 
     def colours(value):
         """One RGB colour per brightness, of random hue and saturation."""
@@ -231,13 +233,11 @@ def shapes(n=20_000, seed=0, size=32):
     for c, label in enumerate(SHAPES):
         which = np.flatnonzero(labels == c)
         m = len(which)
-        radius, tilt = rng.uniform(9.5, 13.5, (m, 1, 1)), np.radians(rng.uniform(-15, 15, (m, 1, 1)))
-        x, y = (axis.reshape(s) - rng.uniform(-1, 1, (m, 1, 1)) * (16 - radius) * 0.7 for s in ((1, 1, -1), (1, -1, 1)))
+        radius, tilt = rng.uniform(12, 14.5, (m, 1, 1)), np.radians(rng.uniform(-8, 8, (m, 1, 1)))
+        x, y = (axis.reshape(s) - rng.uniform(-1, 1, (m, 1, 1)) * (16 - radius) * 0.5 for s in ((1, 1, -1), (1, -1, 1)))
         u, v = np.cos(tilt) * x + np.sin(tilt) * y, np.sin(tilt) * x - np.cos(tilt) * y
         cover = np.clip(0.5 - draw(label, u / radius, v / radius) * radius * size / 32, 0, 1)[..., None]
-        dark, bright = rng.uniform(0, 0.4, m), rng.uniform(0.75, 1, m)
-        swap = rng.random(m) < 0.5
-        front, back = colours(np.where(swap, dark, bright)), colours(np.where(swap, bright, dark))
+        front, back = colours(rng.uniform(0.75, 1, m)), colours(rng.uniform(0, 0.3, m))          # bright on dark
         slope = rng.uniform(-0.25, 0.25, (m, 2, 1, 1))                  # the background's light falls from one side
         light = 1 + slope[:, 0] * axis.reshape(1, 1, -1) / 16 + slope[:, 1] * axis.reshape(1, -1, 1) / 16
         picture = cover * front[:, None, None] + (1 - cover) * back[:, None, None] * light[..., None]
@@ -613,7 +613,8 @@ def train(args):
     shape = (model.cfg.in_channels, model.cfg.input_size, model.cfg.input_size)
     # What makes a run what it is may not change when it resumes; how long it runs and how it reports may.
     identity = dict(dataclasses.asdict(model.cfg), names=data.names, images=len(data.labels), flip=data.flip,
-                    batch_size=args.batch_size, lr=args.lr, ema=args.ema, seed=args.seed)
+                    batch_size=args.batch_size, lr=args.lr, cooldown=args.cooldown, snr_cap=args.snr_cap, ema=args.ema,
+                    seed=args.seed)
     knobs = {name: value for name, value in vars(args).items() if name != "run"}
     step, window = 0, torch.zeros(5, dtype=torch.float64)   # since the last log: sums of three losses, images, max norm
     if checkpoint.exists():
@@ -676,6 +677,8 @@ def train(args):
         mirror = torch.rand(args.batch_size, generator=generator) < 0.5
         t = torch.randint(diffusion.n_timesteps, (args.batch_size,), generator=generator)
         noise = torch.randn(args.batch_size, *shape, generator=generator)
+        snr = (diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus).square().cpu()[t]
+        weight = (args.snr_cap / snr).clamp(max=1) if args.snr_cap else torch.ones_like(snr)
         torch.manual_seed(seed * world + rank)              # for the label dropout
         model.train()
         micro = torch.arange(rank * local, (rank + 1) * local).chunk(args.accumulate)
@@ -686,11 +689,13 @@ def train(args):
                 with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                     losses = diffusion.losses(forward, x.to(device), y.to(device), t[part].to(device),
                                               noise[part].to(device))
-                (losses["loss"].sum() / local).backward()
+                ((losses["loss"] * weight[part].to(device)).sum() / local).backward()
             sums = torch.stack([losses[name].detach().sum() for name in ("loss", "simple", "variational")])
             window[:4] += torch.cat([sums.cpu().double(), torch.tensor([len(part)])])
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         window[4] = torch.maximum(window[4], norm.cpu().double())
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (args.steps - step) / (args.cooldown * args.steps) if args.cooldown else 1)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():

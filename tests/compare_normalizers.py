@@ -1,0 +1,77 @@
+"""Which denominator should Eq. 8 have? Trains the small model with each, on the same images and noise.
+
+    python tests/compare_normalizers.py --data cifar10 --data-dir DIR [--steps 400] [--seeds 2]
+
+Prints, per normalizer and seed, the loss on held-out images with fixed noise and the largest gradient norm on the way.
+"differenced" is Eq. 4's denominator over the *differenced* tokens: the library does not offer it, and this shows why.
+"""
+import argparse
+import pathlib
+import sys
+
+import torch
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import dydilit  # noqa: E402
+import train  # noqa: E402
+
+BATCH = 32
+
+
+class Differenced(dydilit.TokenDifferential):
+    """TokenDifferential over (Q - lambda Q') (sum_j (K_j - lambda K'_j))^T, which may be anything, zero included."""
+
+    def forward(self, q, k, q_red, k_red, v, n_heads=1):
+        q = q - (self.router_q(q, q_red)[1] @ self.lambdas)[..., None] * q_red
+        k = k - (self.router_k(k, k_red)[1] @ self.lambdas)[..., None] * k_red
+        mass = q @ k.sum(dim=1, keepdim=True).transpose(1, 2)
+        return dydilit.attention_product(q, k, v) / torch.where(mass.abs() < 1e-6, 1e-6, mass)
+
+
+def run(data, normalizer, seed, steps):
+    torch.manual_seed(seed)
+    stands_for = "none" if normalizer == "differenced" else normalizer
+    model = dydilit.build_model("DyDi-LiT-XS/4", normalizer=stands_for, dim=128, n_classes=len(data.names))
+    if normalizer == "differenced":
+        for block in model.blocks:
+            block.attn.differential.__class__ = Differenced
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0)
+    diffusion, largest, held_out = dydilit.GaussianDiffusion(), 0.0, 1024
+    for step in tqdm(range(steps), desc=normalizer, leave=False):
+        torch.manual_seed(seed * 2 ** 32 + step)
+        index = held_out + train.batch_indices(len(data.labels) - held_out, BATCH, step, seed)
+        x, y = data.batch(index, torch.rand(BATCH) < 0.5)
+        diffusion.losses(model, x, y)["loss"].mean().backward()
+        largest = max(largest, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()
+                                                              if p.grad is not None]).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    torch.manual_seed(0)
+    losses = []
+    with torch.no_grad():
+        for part in torch.arange(held_out).split(128):
+            x, y = data.batch(part, torch.zeros(len(part), dtype=torch.bool))
+            losses.append(diffusion.losses(model, x, y)["simple"])
+    return torch.cat(losses).mean().item(), largest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="shapes", choices=["shapes", "cifar10"])
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    train.keep_freed_memory()
+    data = train.load_data(args)
+    print("normalizer     seed   held-out loss   largest gradient norm")
+    for seed in range(args.seeds):
+        for normalizer in ("none", "length", "rms", "mass", "differenced"):
+            loss, largest = run(data, normalizer, seed, args.steps)
+            print(f"{normalizer:12} {seed:6} {loss:15.4f} {largest:23.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,551 @@
+"""train.py as its user meets it: data in, runs, stops and resumes, samples, and what bad input is told."""
+import csv
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image                           # matplotlib's image reader; here to write odd files and to compare with
+
+import dydilit
+import train
+
+ROOT = pathlib.Path(train.__file__).resolve().parent
+TINY = ["--set", "dim=16", "depth=1", "n_gammas=2", "n_lambdas=2", "n_projectors=2", "--batch-size", "8",
+        "--sampling-steps", "2"]
+
+
+def main(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        train.main()
+    finally:
+        for n, handler in handlers:
+            signal.signal(n, handler)
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "shapes", lambda n=64, real=train.shapes: real(n))       # fewer shapes, the same kind
+    return lambda *argv: main(monkeypatch, *argv)
+
+
+def command(*argv, **kwargs):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def finish(*argv, code=0, **kwargs):
+    process = command(*argv, **kwargs)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def load(run):
+    return torch.load(pathlib.Path(run) / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Bit for bit, through nested dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def rows(run):
+    with open(pathlib.Path(run) / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def image_tree(root, classes=("cat", "dog"), count=6, size=(40, 48)):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def cifar_files(folder, count=20):
+    """A small data set in the layout of CIFAR-10's binary version: label, then red, green and blue planes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for k in range(1, 6):
+        records = rng.integers(0, 256, (count, 3073), np.uint8)
+        records[:, 0] = np.arange(count) % 10
+        records.tofile(folder / f"data_batch_{k}.bin")
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n\n")
+    return folder
+
+
+# ---- data ----
+
+def test_shapes_are_balanced_varied_and_seeded():
+    data, other = train.shapes(1000), train.shapes(1000, seed=1)
+    assert data.images.shape == (1000, 32, 32, 3) and data.images.dtype == np.uint8
+    assert (np.bincount(data.labels) == 100).all() and len(data.names) == 10 and not data.flip
+    assert len({image.tobytes() for image in [*data.images, *other.images]}) == 2000
+    assert np.array_equal(data.images, train.shapes(1000).images)
+    assert data.images.reshape(1000, -1).std(1).min() > 20                  # a shape is seen against its background
+
+
+def test_cifar_is_read_plane_by_plane(tmp_path):
+    folder = cifar_files(tmp_path / "cifar-10-batches-bin")
+    raw = np.fromfile(folder / "data_batch_2.bin", np.uint8).reshape(-1, 3073)
+    for data_dir in (tmp_path, folder):
+        data = train.cifar10(data_dir)
+        assert data.images.shape == (100, 32, 32, 3) and data.names == list("abcdefghij") and data.flip
+        assert data.labels[20:40].tolist() == raw[:, 0].tolist()
+        assert data.images[21, 5, 7].tolist() == [raw[1, 1 + c * 1024 + 5 * 32 + 7] for c in range(3)]
+
+
+def test_cifar_is_downloaded_checked_and_unpacked_by_name(tmp_path, monkeypatch):
+    source = cifar_files(tmp_path / "source")
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
+        for path in source.iterdir():
+            tar.add(path, f"cifar-10-batches-bin/{path.name}")
+        tar.add(source / "data_batch_1.bin", "../climbed.bin")
+    monkeypatch.setattr(train, "CIFAR_URL", (tmp_path / "c.tar.gz").as_uri())
+    with pytest.raises(train.Problem, match="not CIFAR-10's binary version .its md5 is not c32a1d4ab5d0"):
+        train.cifar10(tmp_path / "data")
+    monkeypatch.setattr(train, "CIFAR_MD5", hashlib.md5((tmp_path / "c.tar.gz").read_bytes()).hexdigest())
+    assert len(train.cifar10(tmp_path / "data").images) == 100
+    assert not list(tmp_path.rglob("climbed.bin"))
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
+    monkeypatch.setattr(train, "CIFAR_URL", (tmp_path / "nothing").as_uri())
+    with pytest.raises(train.Problem, match="download failed .* put it at .*elsewhere"):
+        train.cifar10(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("RGBA", "png"), ("LA", "png"), ("L", "png"), ("P", "png"),
+                                          ("1", "png"), ("I;16", "png"), ("RGB", "jpg"), ("CMYK", "jpg"), ("L", "jpg"),
+                                          ("RGB", "bmp"), ("P", "gif"), ("RGB", "webp"), ("I;16", "tif")])
+def test_images_of_every_mode(tmp_path, mode, suffix):
+    colour = Image.new("RGB", (50, 40), (200, 100, 50))
+    if mode == "I;16":
+        image = Image.fromarray(np.full((40, 50), 200 * 257, np.uint16))
+    else:
+        image = colour.convert(mode)
+    image.save(tmp_path / f"x.{suffix}")
+    got = train.read_image(tmp_path / f"x.{suffix}", 32)
+    assert got.shape == (32, 32, 3) and got.dtype == np.uint8
+    want = np.asarray(image.convert("RGB"))[0, 0] if mode != "I;16" else [200] * 3
+    assert abs(got.reshape(-1, 3).mean(0) - want).max() <= 3
+
+
+def test_transparent_pixels_are_white_and_suffixes_are_not_trusted(tmp_path):
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[:16] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", format="png")
+    got = train.read_image(tmp_path / "x.jpg", 32)
+    assert (got[:16] == [255, 0, 0]).all() and (got[16:] == 255).all()
+
+
+@pytest.mark.parametrize("width, height, size", [(32, 32, 32), (100, 75, 32), (500, 375, 64), (20, 30, 32), (333, 64, 64)])
+def test_crop_is_adms(width, height, size):
+    rng = np.random.default_rng(0)
+    smooth = np.kron(rng.integers(0, 256, (height // 5 + 1, width // 5 + 1, 3)), np.ones((5, 5, 1)))[:height, :width]
+    image = Image.fromarray(smooth.astype(np.uint8))
+    got = train.center_crop(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float(), size).astype(int)
+    while min(image.size) >= 2 * size:                      # ADM's center_crop_arr, by Pillow
+        image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = np.asarray(image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC)).astype(int)
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    want = image[top:top + size, left:left + size]
+    assert abs(got - want).mean() < 1
+
+
+def test_image_folders_are_sorted_and_classes_picked_by_seed(tmp_path):
+    image_tree(tmp_path, "edcba", 2)
+    paths, labels, names = train.image_folder(tmp_path)
+    assert names == list("abcde") and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [p.parent.name for p in paths] == list("aabbccddee")
+    picks = [train.image_folder(tmp_path, 3, seed)[2] for seed in range(8)]
+    assert all(len(p) == 3 and p == sorted(p) for p in picks) and len(set(map(tuple, picks))) > 1
+    assert picks[0] == train.image_folder(tmp_path, 3, 0)[2]
+
+
+def test_batches_are_scaled_and_mirrored():
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    data = train.Data(images, np.arange(5), list("abcde"), 8)
+    x, y = data.batch(torch.tensor([3, 1]), torch.tensor([False, True]))
+    assert y.tolist() == [3, 1] and x.dtype == torch.float32
+    assert x[0, 2, 5, 6].item() == pytest.approx(images[3, 5, 6, 2] / 127.5 - 1)
+    assert x[1, 2, 5, 6].item() == pytest.approx(images[1, 5, 1, 2] / 127.5 - 1)
+    data.flip = False
+    assert data.batch(torch.tensor([1]), torch.tensor([True]))[0][0, 2, 5, 6].item() == pytest.approx(
+        images[1, 5, 6, 2] / 127.5 - 1)
+
+
+def test_every_epoch_sees_every_image_once():
+    steps = [train.batch_indices(10, 4, step, 7) for step in range(5)]
+    seen = torch.cat(steps)
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+# ---- runs ----
+
+def test_a_run_leaves_everything_behind(cli, capsys):
+    cli(*TINY, "--steps", "6", "--log-every", "2", "--sample-every", "4")
+    run = pathlib.Path("runs/shapes")
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "config.json", "log.csv", "loss.png",
+                                                     "samples-0000004.png", "samples.png"]
+    assert [int(r["step"]) for r in rows(run)] == [2, 4, 6] and rows(run)[-1]["images"] == "48"
+    assert json.loads((run / "config.json").read_text())["model_config"]["dim"] == 16
+    for name in ("samples.png", "loss.png"):
+        assert np.asarray(Image.open(run / name)).std() > 5
+    assert "6 steps done" in capsys.readouterr().out
+    cli(*TINY, "--steps", "9")
+    assert "resuming at step 6 of 9" in capsys.readouterr().out and load(run)["step"] == 9
+
+
+def test_training_learns(cli):
+    cli(*TINY, "--steps", "80", "--log-every", "20", "--lr", "3e-3")
+    losses = [float(r["loss"]) for r in rows("runs/shapes")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_folders_train_at_their_size(cli, tmp_path):
+    image_tree(tmp_path / "pets")
+    cli(*TINY, "--data", "pets", "--image-size", "16", "--steps", "2")
+    state = load("runs/pets")
+    assert state["data"]["names"] == ["cat", "dog"] and state["model"]["image_size"] == 16
+    assert state["model"]["n_classes"] == 2
+
+
+def test_moving_average(cli):
+    cli(*TINY, "--steps", "1", "--ema", "0.75")
+    state, start = load("runs/shapes"), None
+    torch.manual_seed(0)
+    start = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).state_dict()
+    for name, value in state["ema"].items():
+        torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * state["weights"][name])
+
+
+def test_accumulation_gives_the_same_step(cli):
+    for k in (1, 2, 4):
+        cli(*TINY, "label_dropout=0", "--steps", "3", "--run", f"run{k}", "--accumulate", k)
+    for k in (2, 4):
+        assert float(rows(f"run{k}")[-1]["loss"]) == pytest.approx(float(rows("run1")[-1]["loss"]), rel=1e-4)
+        for name, value in load(f"run{k}")["weights"].items():
+            torch.testing.assert_close(value, load("run1")["weights"][name], atol=2e-4, rtol=1e-2)
+
+
+def test_two_processes_see_the_same_batch(tmp_path):
+    args = ["--data", "cifar10", "--data-dir", tmp_path, *TINY, "label_dropout=0", "--steps", "3"]
+    cifar_files(tmp_path)
+    finish(*args, "--run", tmp_path / "one")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py",
+                           *map(str, args), "--run", tmp_path / "two"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "two")[-1]["loss"] == pytest.approx(rows(tmp_path / "one")[-1]["loss"], rel=1e-4) or (
+        float(rows(tmp_path / "two")[-1]["loss"]) == pytest.approx(float(rows(tmp_path / "one")[-1]["loss"]), rel=1e-4))
+
+
+def test_killed_runs_resume_bit_for_bit(tmp_path):
+    args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--steps", "150", "--log-every",
+            "10", "--save-every", "5", "--sample-every", "70"]
+    finish(*args, "--run", tmp_path / "whole")
+    rng, kills = np.random.default_rng(), 0
+    for attempt in range(4):
+        process = command(*args, "--run", tmp_path / "killed")
+        while process.poll() is None and not (tmp_path / "killed" / "checkpoint.pt").exists():
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 4))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.communicate()
+    output = finish(*args, "--run", tmp_path / "killed")
+    assert kills == 0 or "resuming at step" in output
+    whole, killed = load(tmp_path / "whole"), load(tmp_path / "killed")
+    assert all(same(whole[k], killed[k]) for k in ("step", "weights", "ema", "optimizer", "window"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+    for name in ("samples.png", "samples-0000070.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_exits(tmp_path, number):
+    args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
+    process = command(*args, "--steps", 100_000, "--save-every", 100_000, "--log-every", 10)
+    while not (tmp_path / "run" / "log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "saved at step" in output and "Traceback" not in output
+    step = load(tmp_path / "run")["step"]
+    assert step >= 10 and f"resuming at step {step}" in finish(*args, "--steps", step + 1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_weights(cli):
+    cli(*TINY, "--steps", "4", "--save-every", "2")
+    state = load("runs/shapes")
+    state["weights"]["blocks.0.attn.qkv.weight"][0, 0] = float("inf")       # as a diverged step would leave them
+    torch.save(state, "runs/shapes/checkpoint.pt")
+    before = pathlib.Path("runs/shapes/checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit, match="no longer finite at step .* keeps the last good weights: .*lower --lr"):
+        cli(*TINY, "--steps", "40", "--save-every", "2")
+    assert pathlib.Path("runs/shapes/checkpoint.pt").read_bytes() == before
+
+
+# ---- samples ----
+
+@pytest.fixture
+def run(cli):
+    cli(*TINY, "--steps", "3", "--lr", "0.01")
+    return cli
+
+
+def test_sample_writes_grids_and_adms_layout(run, capsys):
+    run("sample", "--run", "runs/shapes", "--classes", "star,3")
+    run("sample", "--run", "runs/shapes", "--num", 23, "--steps", 3, "--cfg", 1, "--batch-size", 7, "--sampler", "ddim")
+    assert "23 samples, step 3, 3 ddim steps, guidance 1" in capsys.readouterr().out
+    samples = np.load("runs/shapes/samples.npz")
+    assert samples["arr_0"].shape == (23, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
+    assert np.bincount(samples["arr_1"]).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert pathlib.Path("runs/shapes/grid.png").stat().st_size > 1000
+
+
+def test_samples_depend_on_seed_and_weights_alone(run):
+    def sample(*more):
+        run("sample", "--run", "runs/shapes", "--num", 4, "--out", "s.npz", *more)
+        return np.load("s.npz")["arr_0"]
+    assert np.array_equal(sample(), sample())
+    assert not np.array_equal(sample(), sample("--seed", 1))
+    assert not np.array_equal(sample(), sample("--raw-weights"))
+
+
+@pytest.mark.parametrize("data", ["shapes", "cifar10", "pets"])
+def test_reference_holds_the_data(cli, tmp_path, data):
+    cifar_files(tmp_path / "data")
+    image_tree(tmp_path / "pets", "abcd", 5)
+    more = ["--classes", 2, "--image-size", 24] if data == "pets" else []
+    cli("reference", "--data", data, "--num", 8, "--out", "out/ref.npz", *more)
+    ref = np.load("out/ref.npz")
+    size = 24 if data == "pets" else 32
+    assert ref["arr_0"].shape == (8, size, size, 3) and ref["arr_0"].dtype == np.uint8 and len(ref["arr_1"]) == 8
+    if data == "cifar10":
+        images = {image.tobytes(): label for image, label in zip(*(getattr(train.cifar10(tmp_path / "data"), n)
+                                                                   for n in ("images", "labels")))}
+        assert [images[i.tobytes()] for i in ref["arr_0"]] == ref["arr_1"].tolist()
+
+
+# ---- latents ----
+
+@pytest.fixture
+def vae(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="the VAE's tests need: pip install diffusers")
+    torch.manual_seed(0)
+    blocks = 4
+    diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
+                            block_out_channels=[8] * blocks, norm_num_groups=4, latent_channels=4, sample_size=32,
+                            scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_encode_train_and_decode(cli, vae, tmp_path, capsys):
+    image_tree(tmp_path / "net", "abcde", 3)
+    args = ["encode", "--data", "net", "--classes", 3, "--image-size", 32, "--vae", "vae", "--batch-size", 2]
+    cli(*args, "--out", "latents")
+    store, about = np.load("latents/latents.npy"), json.loads(pathlib.Path("latents/latents.json").read_text())
+    assert store.shape == (9, 2, 4, 4, 4) and store.dtype == np.float16 and about["scaling_factor"] == 0.5
+    assert about["names"] == train.image_folder(tmp_path / "net", 3, 0)[2] and about["done"] == 9
+    model, paths = train.load_vae("vae", "cpu"), train.image_folder(tmp_path / "net", 3, 0)[0]
+    x = torch.from_numpy(np.stack([train.read_image(p, 32) for p in paths])).permute(0, 3, 1, 2) / 127.5 - 1
+    for view, images in enumerate((x, x.flip(3))):          # the VAE's own noise is small beside the latents
+        mean, std = (getattr(model.encode(images).latent_dist, n) * 0.5 for n in ("mean", "std"))
+        assert ((torch.from_numpy(store[:, view]).float() - mean).abs() < 6 * std + 0.01).all()
+
+    data = train.latents(pathlib.Path("latents"))
+    x, y = data.batch(torch.tensor([4, 5]), torch.tensor([False, True]))
+    assert np.array_equal(x[0].numpy(), store[4, 0]) and np.array_equal(x[1].numpy(), store[5, 1])
+    assert data.model_shape() == dict(image_size=32, vae_factor=8, in_channels=4, n_classes=3)
+
+    cli("--data", "latents", *TINY, "--steps", "2")
+    cli("sample", "--run", "runs/latents", "--num", 4)
+    assert np.load("runs/latents/samples.npz")["arr_0"].shape == (4, 32, 32, 3)
+
+    with pytest.raises(SystemExit, match="holds another encoding .seed differ"):
+        cli(*args, "--out", "latents", "--seed", 1)
+    with pytest.raises(SystemExit, match="not a multiple of the VAE's factor 8"):
+        cli(*args, "--out", "other", "--image-size", 36)
+    with pytest.raises(SystemExit, match="latents are not images"):
+        cli("reference", "--data", "latents", "--out", "x.npz")
+
+
+def test_encode_resumes_where_it_was_stopped(cli, vae, tmp_path, monkeypatch):
+    image_tree(tmp_path / "net", "ab", 5)
+    args = ["encode", "--data", "net", "--image-size", 32, "--vae", "vae", "--batch-size", 3]
+    cli(*args, "--out", "whole")
+    read, calls = train.read_images, []
+
+    def stopping(*a):
+        calls.append(a)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(*a)
+    monkeypatch.setattr(train, "read_images", stopping)
+    with pytest.raises(SystemExit) as stop:
+        cli(*args, "--out", "stopped")
+    assert stop.value.code == 130
+    with pytest.raises(SystemExit, match="only 6 of 10 images are encoded; run the encode command again"):
+        cli("--data", "stopped", *TINY)
+    cli(*args, "--out", "stopped")
+    assert len(calls) == 5
+    for name in ("latents.npy", "labels.npy"):
+        assert pathlib.Path("whole", name).read_bytes() == pathlib.Path("stopped", name).read_bytes()
+
+
+def test_without_diffusers_latents_say_what_to_install(cli, tmp_path, monkeypatch):
+    image_tree(tmp_path / "net")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit, match="pip install diffusers"):
+        cli("encode", "--data", "net", "--out", "latents")
+
+
+# ---- bad input ----
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def bad_places(tmp_path):
+    """Every foul thing that the table below names."""
+    cifar_files(tmp_path / "short-cifar")
+    truncated(tmp_path / "short-cifar" / "data_batch_3.bin")
+    (cifar_files(tmp_path / "half-cifar") / "data_batch_5.bin").unlink()
+    np.full((20, 3073), 77, np.uint8).tofile(cifar_files(tmp_path / "alien-cifar") / "data_batch_2.bin")
+    image_tree(tmp_path / "one-class", ["cat"])
+    image_tree(tmp_path / "few", count=2)
+    image_tree(tmp_path / "pets", count=8)
+    (image_tree(tmp_path / "hollow") / "bird").mkdir()
+    (image_tree(tmp_path / "broken", count=8) / "cat" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    truncated(image_tree(tmp_path / "cut", count=8) / "dog" / "2.png")
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "pickle").mkdir()
+    torch.save({"format": "dydilit", "x": pathlib.PurePosixPath("x")}, tmp_path / "pickle" / "checkpoint.pt")
+    (tmp_path / "foreign").mkdir()
+    torch.save({"model": {}}, tmp_path / "foreign" / "checkpoint.pt")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "rotten").mkdir()
+    (tmp_path / "rotten" / "latents.json").write_text('{"done": 3')
+
+
+BAD = [
+    (["--data", "nowhere"], "--data nowhere: no such folder; give shapes, cifar10"),
+    (["--data", "cifar10", "--data-dir", "short-cifar"], "data_batch_3.bin: missing, truncated or not a CIFAR-10"),
+    (["--data", "cifar10", "--data-dir", "half-cifar"], "data_batch_5.bin: missing"),
+    (["--data", "cifar10", "--data-dir", "alien-cifar"], "data_batch_2.bin: missing, truncated or not"),
+    (["--data", "one-class"], "one-class: 1 class folders; at least two"),
+    (["--data", "mine"], "mine: 0 class folders; at least two"),
+    (["--data", "few"], "4 images are fewer than one batch; add images or lower --batch-size 8"),
+    (["--data", "hollow"], "bird: no images in this class folder"),
+    (["--data", "broken"], "3.png: unreadable image .*; replace or remove it"),
+    (["--data", "cut"], "2.png: unreadable image"),
+    (["--data", "rotten"], "rotten: damaged latents"),
+    (["--data", "pets", "--image-size", "30"], "image_size 30 is not a multiple of vae_factor x patch_size = 1 x 4"),
+    (["--run", "alien"], "alien/checkpoint.pt: not a dydilit checkpoint"),
+    (["--run", "pickle"], "pickle/checkpoint.pt: not a dydilit checkpoint"),
+    (["--run", "foreign"], "foreign/checkpoint.pt: not a dydilit checkpoint"),
+    (["--run", "mine"], "mine: not empty, and no checkpoint in it; choose another --run"),
+    (["--run", "file"], "file: Not a directory|file: File exists"),
+    (["--run", "/proc/nowhere"], "/proc/nowhere: .*; check the path"),
+    (["--model", "DiT-XXL"], "no model 'DiT-XXL'; choose one of"),
+    (["--set", "dims=3"], "--set dims=3: give FIELD=VALUE"),
+    (["--set", "dim"], "--set dim: give FIELD=VALUE"),
+    (["--set", "dim=18"], "dim 18 must be a multiple of 4"),
+    (["--set", "kernel=gauss"], "kernel='gauss' is not one of"),
+    (["--batch-size", "0"], "argument --batch-size: invalid positive value: '0'"),
+    (["--steps", "many"], "argument --steps: invalid positive value"),
+    (["--batch-size", "8", "--accumulate", "3"], "--batch-size 8: not a multiple of 1 processes x --accumulate 3"),
+    (["--lr", "-1"], "the first must be positive"),
+    (["--ema", "1"], "the second in .0, 1."),
+    (["--fast"], "unrecognized arguments: --fast"),
+    (["sample", "--run", "nowhere"], "nowhere/checkpoint.pt: no such checkpoint; give --run"),
+    (["sample", "--run", "pickle"], "pickle/checkpoint.pt: not a dydilit checkpoint"),
+    (["reference", "--data", "pets", "--out", "ref.png"], "--out ref.png: give a name that ends in .npz"),
+    (["reference", "--data", "pets", "--num", "99", "--out", "r.npz"], "--num 99: the data has 16 images"),
+    (["reference", "--data", "pets", "--classes", "3", "--out", "r.npz"], "--classes 3: .* has 2 class folders; give 2..2"),
+    (["encode", "--data", "nowhere", "--out", "l"], "--data nowhere: no such folder"),
+    (["encode", "--data", "pets", "--out", "mine"], "mine: not empty; choose another --out"),
+    (["paint"], "invalid choice: 'paint'"),
+]
+
+
+def snapshot(root):
+    return {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("argv, message", BAD, ids=[" ".join(argv) for argv, _ in BAD])
+def test_bad_input_gets_one_line_and_loses_nothing(cli, tmp_path, capsys, argv, message):
+    bad_places(tmp_path)
+    before = snapshot(tmp_path)
+    tiny = TINY[:-4] if "--set" not in argv and argv[0].startswith("-") else []
+    batch = ["--batch-size", "8"] if "--batch-size" not in argv and argv[0].startswith("-") else []
+    with pytest.raises(SystemExit, match=message) as stop:
+        cli(*argv, *batch, *tiny, *(["--steps", "1"] if tiny and "--steps" not in argv else []))
+    assert str(stop.value).startswith("train.py: ") and "\n" not in str(stop.value)
+    assert {p: c for p, c in snapshot(tmp_path).items() if p in before} == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "0.5"], "this run has lr 0.002, not 0.5; repeat its flags, or choose another --run"),
+    (["--seed", "3"], "has seed 0, not 3"), (["--batch-size", "16"], "has batch_size 8, not 16"),
+    (["--set", "dim=24"], "has dim 16, not 24"), (["--ema", "0.5"], "has ema 0.998, not 0.5")])
+def test_flags_that_contradict_the_checkpoint_are_named(cli, flags, message):
+    cli(*TINY, "--steps", "1")
+    before = snapshot(pathlib.Path("runs"))
+    with pytest.raises(SystemExit, match=message):
+        cli(*TINY, "--steps", "2", *flags)
+    assert snapshot(pathlib.Path("runs")) == before
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--out", "x.npz"], "--out x.npz: with --num give a name that ends in .npz, without it one in .png"),
+    (["--num", "4", "--out", "x.png"], "--out x.png: with --num"), (["--classes", "dragon"], "--classes dragon: this run knows"),
+    (["--classes", "10"], "--classes 10: this run knows 0..9"), (["--steps", "1001"], "1001 is not in 1..1000")])
+def test_bad_wishes_for_samples_are_named(run, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        run("sample", "--run", "runs/shapes", *argv)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(cli, monkeypatch):
+    cli(*TINY, "--steps", "2")
+    before = pathlib.Path("runs/shapes/checkpoint.pt").read_bytes()
+
+    def full(state, path):
+        pathlib.Path(path).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left on device; check .* the free space"):
+        cli(*TINY, "--steps", "3")
+    assert pathlib.Path("runs/shapes/checkpoint.pt").read_bytes() == before
+    assert [p for p in os.listdir("runs/shapes") if p.startswith(".")] == []
+
+
+def test_help_lists_every_knob(capsys, monkeypatch):
+    for argv in (["--help"], ["train", "--help"], ["sample", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(monkeypatch, *argv)
+        assert stop.value.code == 0
+    assert "--raw-weights" in capsys.readouterr().out
