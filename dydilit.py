@@ -127,8 +127,11 @@ def routed_linear(x, weight, index):
     order = index.argsort(stable=True)
     ends = torch.searchsorted(index[order], torch.arange(weight.shape[0], device=index.device), right=True)
     x = x.index_select(0, order)
-    # grouped_mm wants rows of whole 16-byte units and knows neither float64 nor MPS: there, one product per slice.
-    if dtype != torch.float64 and weight.shape[1] % 8 == weight.shape[2] % 8 == 0 and kind in ("cpu", "cuda"):
+    # What PyTorch documents of grouped_mm: rows of whole 16-byte units; on CUDA bfloat16 from Ampere on; no float64, no
+    # MPS. Elsewhere it is one product per slice.
+    documented = (dtype != torch.float64 if kind == "cpu" else
+                  kind == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0))
+    if documented and weight.shape[1] % 8 == weight.shape[2] % 8 == 0:
         y = F.grouped_mm(x, weight, offs=ends.int())
     else:
         y = torch.cat([part @ w for part, w in zip(x.tensor_split(ends[:-1].cpu()), weight)])

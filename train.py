@@ -332,7 +332,11 @@ def center_crop(image, size):
     """
     image = image.unsqueeze(0)
     while min(image.shape[2:]) >= 2 * size:
-        image = F.interpolate(image, [s // 2 for s in image.shape[2:]], mode="area").round()
+        for axis in (2, 3):                                 # box: the mean of the pixels whose centres lie in the new one
+            count = image.shape[axis] // 2
+            edges = np.floor(np.arange(count + 1) * image.shape[axis] / count + 0.5).astype(int)
+            sums, shape = np.add.reduceat(image.numpy(), edges[:-1], axis=axis), [1, 1, -1, 1] if axis == 2 else [-1]
+            image = torch.from_numpy(sums / np.diff(edges).reshape(shape)).float().round()
     height, width = (max(size, round(s * size / min(image.shape[2:]))) for s in image.shape[2:])
     image = F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp(0, 255).round()
     top, left = (height - size) // 2, (width - size) // 2
@@ -610,6 +614,7 @@ def train(args):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
     diffusion = dydilit.GaussianDiffusion().to(device)
+    snr = (diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus).square().cpu()      # signal-to-noise ratio of timesteps
     shape = (model.cfg.in_channels, model.cfg.input_size, model.cfg.input_size)
     # What makes a run what it is may not change when it resumes; how long it runs and how it reports may.
     identity = dict(dataclasses.asdict(model.cfg), names=data.names, images=len(data.labels), flip=data.flip,
@@ -677,8 +682,7 @@ def train(args):
         mirror = torch.rand(args.batch_size, generator=generator) < 0.5
         t = torch.randint(diffusion.n_timesteps, (args.batch_size,), generator=generator)
         noise = torch.randn(args.batch_size, *shape, generator=generator)
-        snr = (diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus).square().cpu()[t]
-        weight = (args.snr_cap / snr).clamp(max=1) if args.snr_cap else torch.ones_like(snr)
+        weight = (args.snr_cap / snr[t]).clamp(max=1) if args.snr_cap else torch.ones(args.batch_size)
         torch.manual_seed(seed * world + rank)              # for the label dropout
         model.train()
         micro = torch.arange(rank * local, (rank + 1) * local).chunk(args.accumulate)

@@ -32,7 +32,7 @@ class Differenced(dydilit.TokenDifferential):
 def run(data, normalizer, seed, steps):
     torch.manual_seed(seed)
     stands_for = "none" if normalizer == "differenced" else normalizer
-    model = dydilit.build_model("DyDi-LiT-XS/4", normalizer=stands_for, dim=128, n_classes=len(data.names))
+    model = dydilit.build_model("DyDi-LiT-XS/4", normalizer=stands_for, n_classes=len(data.names))
     if normalizer == "differenced":
         for block in model.blocks:
             block.attn.differential.__class__ = Differenced
