@@ -634,7 +634,7 @@ def train(args):
         step, window = state["step"], state["window"].cpu()
         if main:
             print(f"{run}: resuming at step {step} of {args.steps}")
-    elif run.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
+    elif main and run.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
         raise Problem(f"{run}: not empty, and no checkpoint in it; choose another --run")
 
     def check():
@@ -685,6 +685,7 @@ def train(args):
         weight = (args.snr_cap / snr[t]).clamp(max=1) if args.snr_cap else torch.ones(args.batch_size)
         torch.manual_seed(seed * world + rank)              # for the label dropout
         model.train()
+        totals = torch.zeros(5, device=device)              # sums of the three losses, images, signals to stop
         micro = torch.arange(rank * local, (rank + 1) * local).chunk(args.accumulate)
         for part in micro:
             x, y = data.batch(index[part], mirror[part])
@@ -694,8 +695,12 @@ def train(args):
                     losses = diffusion.losses(forward, x.to(device), y.to(device), t[part].to(device),
                                               noise[part].to(device))
                 ((losses["loss"] * weight[part].to(device)).sum() / local).backward()
-            sums = torch.stack([losses[name].detach().sum() for name in ("loss", "simple", "variational")])
-            window[:4] += torch.cat([sums.cpu().double(), torch.tensor([len(part)])])
+            totals[:3] += torch.stack([losses[name].detach().sum() for name in ("loss", "simple", "variational")])
+        totals[3:] = torch.tensor([local, len(stop)])
+        if world > 1:                                       # one process's signal stops them all at the same step
+            dist.all_reduce(totals)
+        totals = totals.cpu().double()
+        window[:4] += totals[:4]
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         window[4] = torch.maximum(window[4], norm.cpu().double())
         for group in optimizer.param_groups:
@@ -706,9 +711,6 @@ def train(args):
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
         step += 1
         bar.update()
-        halt = torch.tensor(len(stop), device=device)
-        if world > 1:                                       # one process's signal stops them all at the same step
-            dist.all_reduce(halt)
         if step % args.log_every == 0 or step == args.steps:
             check()
             loss, simple, variational = (window[:3] / window[3]).tolist()
@@ -720,9 +722,9 @@ def train(args):
             rate = bar.format_dict["rate"] or 0
             bar.set_postfix_str(f"loss {loss:.4f}, {rate * args.batch_size:.0f} images/s")
             window.zero_()
-        if step % args.save_every == 0 or step == args.steps or halt > 0:
+        if step % args.save_every == 0 or step == args.steps or totals[4] > 0:
             save()
-        if halt > 0:
+        if totals[4] > 0:
             bar.close()
             if main:
                 print(f"{checkpoint}: saved at step {step}; the same command goes on from here")
@@ -733,7 +735,7 @@ def train(args):
     if main:
         save_curve(run / "loss.png", log)
         grid(run / "samples.png")
-        print(f"{run}: {step} steps done, {float(log[-1]['seconds']):.0f} s of training; look at samples.png and loss.png")
+        print(f"{run}: {step} steps done; look at samples.png and loss.png")
     if world > 1:
         dist.destroy_process_group()
 

@@ -215,9 +215,10 @@ def test_a_run_leaves_everything_behind(cli, capsys):
 
 
 def test_training_learns(cli):
-    cli(*TINY, "--steps", "240", "--log-every", "40", "--lr", "1e-2", "--snr-cap", "0")
+    # 2x2 patches: a 4x4 patch's 48 numbers of noise do not fit into the 16 of this model's tokens.
+    cli(*TINY, "patch_size=2", "--steps", "150", "--log-every", "30", "--lr", "1e-2")
     losses = [float(r["loss"]) for r in rows("runs/shapes")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_folders_train_at_their_size(cli, tmp_path):
