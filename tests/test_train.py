@@ -10,14 +10,15 @@ import sys
 import tarfile
 import time
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from PIL import Image                           # matplotlib's image reader; here to write odd files and to compare with
 
 import dydilit
 import train
 
+Image = matplotlib.image.PIL.Image              # matplotlib's own reader: to write odd files, and to compare with
 ROOT = pathlib.Path(train.__file__).resolve().parent
 TINY = ["--batch-size", "8", "--sampling-steps", "2", "--set", "dim=16", "depth=1", "n_gammas=2", "n_lambdas=2",
         "n_projectors=2"]
