@@ -89,7 +89,7 @@ def arguments(argv):
     add = train.add_argument
     add("--model", default=SMALL_MODEL, help=f"one of {', '.join(dydilit.MODELS)}")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of dydilit.ModelConfig: --set n_heads=4")
-    add("--run", help="folder of the run; default: runs/ and the data's name")
+    add("--run", help="folder of the run; default: runs/ and the data's name (torchrun wants -- before train.py then)")
     for name, (small, paper, text) in KNOBS.items():
         kind = positive if isinstance(paper, int) else float
         add("--" + name.replace("_", "-"), type=kind, help=f"{text}; default: {small:g} ({SMALL_MODEL}), {paper:g}")
