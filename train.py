@@ -37,7 +37,7 @@ import dydilit
 # ---- Knobs ----------------------------------------------------------------------------------------------------------
 
 SMALL_MODEL = "DyDi-LiT-XS/4"
-KNOBS = {   # of training: the small model's default (minutes on a CPU), the other models' (the paper's Sub-IN runs), what
+KNOBS = {   # of training: default of the small model (minutes on a CPU), of the others (the paper's Sub-IN runs), meaning
     "steps": (4000, 100_600, "optimizer steps"),
     "batch_size": (16, 256, "images per step, over all processes"),
     "lr": (2e-3, 1e-4, "learning rate of AdamW (without weight decay)"),
