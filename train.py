@@ -145,6 +145,11 @@ def write_npz(path, images, labels):
         np.savez(part, arr_0=images, arr_1=np.asarray(labels, np.int64))
 
 
+def occupied(folder):
+    """Whether a folder holds anything but the hidden leftovers of an interrupted write."""
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def load_checkpoint(path, device):
     """What train saved. Problem if it is missing, damaged or another program's."""
     if not path.exists():
@@ -160,6 +165,11 @@ def load_checkpoint(path, device):
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
+
+def pixels(images):
+    """(B, H, W, 3) uint8 as floats (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
 
 @dataclasses.dataclass
 class Data:
@@ -183,7 +193,7 @@ class Data:
         if self.vae:
             x = torch.from_numpy(self.images[index, mirror.long().numpy()]).float()
         else:
-            x = torch.from_numpy(self.images[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = pixels(self.images[index])
             x = torch.where(mirror[:, None, None, None], x.flip(3), x)
         return x, torch.from_numpy(self.labels[index])
 
@@ -308,7 +318,7 @@ def image_folder(root, n_classes=None, seed=0):
     files = [sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) for name in names]
     if [] in files:
         raise Problem(f"{root / names[files.index([])]}: no images in this class folder; add some or remove it")
-    return sum(files, []), np.repeat(np.arange(len(names)), [len(f) for f in files]), names
+    return [path for found in files for path in found], np.repeat(np.arange(len(names)), [len(f) for f in files]), names
 
 
 def read_image(path, size):
@@ -434,8 +444,7 @@ def encode(args):
         if different:
             raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose another --out")
         done = before["done"]
-    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir() if p.name not in (
-            "latents.npy", "labels.npy")):
+    elif occupied(out):
         raise Problem(f"{out}: not empty; choose another --out")
     device = pick_device()
     vae = load_vae(args.vae, device)
@@ -443,17 +452,15 @@ def encode(args):
     if args.image_size % factor:
         raise Problem(f"--image-size {args.image_size}: not a multiple of the VAE's factor {factor}")
     about["scaling_factor"] = vae.config.scaling_factor
-    out.mkdir(parents=True, exist_ok=True)
-    if not state.exists():
+    if done == 0:
+        write(state, json.dumps(dict(about, done=0), indent=1))     # from here on the folder is this encoding's
         np.save(out / "labels.npy", labels)
         shape = (len(paths), 2, vae.config.latent_channels, *[args.image_size // factor] * 2)
         np.lib.format.open_memmap(out / "latents.npy", "w+", np.float16, shape)
-        write(state, json.dumps(dict(about, done=0), indent=1))
     store = np.load(out / "latents.npy", mmap_mode="r+")
     for start in tqdm(range(done, len(paths), args.batch_size), desc="encoding", unit="batch"):
         chunk = paths[start:start + args.batch_size]
-        x = torch.from_numpy(read_images(chunk, args.image_size, None)).to(device)
-        x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = pixels(read_images(chunk, args.image_size, None)).to(device)
         torch.manual_seed(args.seed + start)                # the same latents wherever an earlier run was stopped
         pair = [vae.encode(view).latent_dist.sample() * vae.config.scaling_factor for view in (x, x.flip(3))]
         store[start:start + len(chunk)] = torch.stack(pair, dim=1).half().cpu().numpy()
@@ -598,6 +605,8 @@ def train(args):
     checkpoint = run / "checkpoint.pt"
     keep_freed_memory()
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                   # or every process's barrier would sit on the first card
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not main:
             dist.barrier()                                  # the first process may have to download
@@ -634,7 +643,7 @@ def train(args):
         step, window = state["step"], state["window"].cpu()
         if main:
             print(f"{run}: resuming at step {step} of {args.steps}")
-    elif main and run.exists() and any(not p.name.startswith(".") for p in run.iterdir()):
+    elif main and occupied(run):
         raise Problem(f"{run}: not empty, and no checkpoint in it; choose another --run")
 
     def check():

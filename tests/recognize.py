@@ -18,10 +18,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 
-def tensors(images, labels):
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(np.asarray(labels)).long()
-
-
 def fit(x, y, n_classes, epochs=4, seed=0):
     """A four-layer convolutional classifier of 32x32 images, trained with shifts of up to two pixels."""
     torch.manual_seed(seed)
@@ -57,12 +53,12 @@ def main():
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     data = train.load_data(args)
-    x, y = tensors(data.images, data.labels)
+    x, y = train.pixels(data.images), torch.from_numpy(data.labels)
     held_out = len(x) // 10
     model = fit(x[held_out:], y[held_out:], len(data.names))
     real = (predict(model, x[:held_out]) == y[:held_out]).float().mean()
     samples = np.load(args.samples)
-    x, y = tensors(samples["arr_0"], samples["arr_1"])
+    x, y = train.pixels(samples["arr_0"]), torch.from_numpy(samples["arr_1"])
     right = predict(model, x) == y
     print(f"real images it has not seen: {real:.1%} recognized")
     print(f"generated images: {right.float().mean():.1%} of {len(right)} recognized")
