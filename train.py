@@ -257,7 +257,7 @@ def shapes(n=20_000, seed=0, size=32):
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR_FILES = [f"data_batch_{k}.bin" for k in range(1, 6)]
+CIFAR_FILES, CIFAR_TEST = [f"data_batch_{k}.bin" for k in range(1, 6)], ["test_batch.bin"]
 
 
 def download(url, path):
@@ -272,8 +272,9 @@ def download(url, path):
         raise Problem(f"{url}: download failed ({error}); fetch it by other means and put it at {path}") from None
 
 
-def cifar10(data_dir):
-    """CIFAR-10's training images from its binary version in data_dir, downloaded and checked if it is not there."""
+def cifar10(data_dir, files=CIFAR_FILES):
+    """CIFAR-10's training images (or other files' of it) from its binary version in data_dir, downloaded and checked if
+    it is not there."""
     data_dir = pathlib.Path(data_dir)
     folder = next((d for d in (data_dir, data_dir / "cifar-10-batches-bin") if (d / CIFAR_FILES[0]).exists()), None)
     if folder is None:
@@ -284,10 +285,10 @@ def cifar10(data_dir):
             raise Problem(f"{archive}: not CIFAR-10's binary version (its md5 is not {CIFAR_MD5}); delete it and run "
                           "again to download it anew")
         with tarfile.open(archive) as tar:      # the known members, by name: no path in the archive is ever used
-            for name in ["batches.meta.txt", *reversed(CIFAR_FILES)]:       # the file looked for above comes last
+            for name in ["batches.meta.txt", *CIFAR_TEST, *reversed(CIFAR_FILES)]:       # the file looked for above comes last
                 write(folder / name, tar.extractfile(f"cifar-10-batches-bin/{name}").read())
     records = []
-    for path in (folder / name for name in CIFAR_FILES):
+    for path in (folder / name for name in files):
         raw = np.fromfile(path, np.uint8) if path.exists() else np.empty(0, np.uint8)
         if raw.size == 0 or raw.size % 3073 or raw[::3073].max() > 9:
             raise Problem(f"{path}: missing, truncated or not a CIFAR-10 binary batch (3,073 bytes an image, the first "

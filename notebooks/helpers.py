@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
+from measures import row_entropy, row_variance  # noqa: E402, F401
 
 if torch.cuda.is_available():
     torch.set_default_device("cuda")        # every tensor that a notebook makes is made there
@@ -47,16 +48,6 @@ def photo(size=64):
     """A photograph that matplotlib brings along, Rear Admiral Grace Hopper. (1, 3, size, size) in [-1, 1]."""
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         return train.pixels(train.read_image(file.name, size)[None]).to(torch.get_default_device())
-
-
-def row_entropy(attention):
-    """Entropy of each row of an attention map as a share of the largest one, log N: 1 is uniform, 0 a single key."""
-    return torch.special.entr(attention).sum(-1) / math.log(attention.shape[-1])
-
-
-def row_variance(attention):
-    """Variance of each row's weights in units of their mean 1/N, squared: 0 is uniform, N - 1 a single key."""
-    return attention.var(-1, correction=0) * attention.shape[-1] ** 2
 
 
 def median_ms(functions, repeats=7):

@@ -1,0 +1,344 @@
+"""Trains, samples and measures the variants that the paper's tables compare, with several seeds: the data of notebook 10.
+
+    python notebooks/ladder.py --data shapes                                            the built-in set
+    python notebooks/ladder.py --data cifar10 --data-dir DIR                            CIFAR-10, or files in its layout
+    python notebooks/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
+    python notebooks/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
+
+Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both without
+the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest MACs.
+Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per
+run and block, routers.csv a line per run and router. Stopped at any moment, the same command goes on where it was.
+"""
+import argparse
+import concurrent.futures
+import csv
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import dydilit  # noqa: E402
+import measures  # noqa: E402
+import train  # noqa: E402
+
+GUIDANCES = (1, 4)              # Table 1's scales; Tables 4 to 6 are at 4
+BANDS = 10                      # of timesteps
+KEY = ("data", "model", "variant", "seed", "steps", "samples", "sampling_steps", "network")
+
+
+# ---- What is compared -----------------------------------------------------------------------------------------------
+
+def honest_macs(model, **overrides):
+    """Multiply-accumulates of a forward pass, all that run."""
+    with torch.device("meta"):
+        return sum(dydilit.count_macs(dydilit.build_model(model, **overrides))["honest"].values())
+
+
+def equal_macs(model, base, **overrides):
+    """overrides with the width that brings another architecture closest to the honest MACs of `model` with `base`."""
+    target, step = honest_macs(model, **base), math.lcm(4, overrides.get("n_heads", 1))
+    widths = range(step, 2 * dydilit.MODELS[model]["dim"], step)
+    return dict(overrides, dim=min(widths, key=lambda dim: abs(honest_macs(model, **base, **overrides, dim=dim) - target)))
+
+
+def variants(model, base):
+    """{variant: overrides of `model`}; base: the data's fields of ModelConfig."""
+    out = {f"rung{i}": dict(overrides) for i, (_, overrides) in enumerate(dydilit.LADDER, 1)}
+    out["map"] = dict(out["rung5"], differential="map")
+    out["increasing"] = dict(out["rung5"], lambda_init=[0.2, 0.8])
+    with torch.device("meta"):
+        cfg = dydilit.build_model(model, **base).cfg
+    out["sana"] = equal_macs(model, base, **out["rung1"])
+    out["dit"] = equal_macs(model, base, attention="softmax", depth=round(cfg.depth * 12 / 9),     # the paper's ratio
+                            n_heads=max(4, cfg.dim // 64))
+    return out
+
+
+def flags(text, known):
+    """train.py's flags for a variant: its name, and after a colon fields of ModelConfig or train.py's knobs to change."""
+    name, _, changes = text.partition(":")
+    if name not in known:
+        raise train.Problem(f"--variants {name}: choose from {', '.join(known)}")
+    out, fields = [], dict(known[name])
+    for pair in filter(None, changes.split(",")):
+        if pair.partition("=")[0] in train.KNOBS:
+            out += ["--" + pair.partition("=")[0].replace("_", "-"), pair.partition("=")[2]]
+        else:
+            fields.update(train.overrides([pair]))
+    return out + (["--set", *(f"{k}={json.dumps(v)}" for k, v in fields.items())] if fields else [])
+
+
+# ---- What is measured on a trained model ----------------------------------------------------------------------------
+
+def held_out(data, data_dir, n=500):
+    """n images that were not trained on."""
+    found = train.shapes(n, seed=1) if data == "shapes" else train.cifar10(data_dir, train.CIFAR_TEST)
+    found.images, found.labels = found.images[:n], found.labels[:n]
+    return found
+
+
+def noisy(data, t, seed):
+    """The held-out images with the noise of timesteps t (M,): always the same noise. Returns x_0, x_t, noise, labels."""
+    x, y = data.batch(torch.arange(len(t)), torch.zeros(len(t), dtype=torch.bool))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return x, dydilit.GaussianDiffusion().q_sample(x, t, noise), noise, y
+
+
+@torch.no_grad()
+def held_out_losses(model, data, batch=100):
+    """The mean squared error of the predicted noise on held-out images, per band of timesteps, the noise being fixed."""
+    device, width, losses = model.pos_embed.device, 1000 // BANDS, []
+    for band in range(BANDS):
+        t = torch.randint(width, (len(data.labels),), generator=torch.Generator().manual_seed(band)) + band * width
+        x, x_t, noise, y = noisy(data, t, seed=1000 + band)
+        said = [model(*(part.to(device) for part in parts)).cpu() for parts in zip(*(a.split(batch) for a in (x_t, t, y)))]
+        losses.append((torch.cat(said)[:, :x.shape[1]] - noise).square().mean().item())
+    return losses
+
+
+def attention_map(attn, x):
+    """The N x N map that weighs the values, per head, convolution left out: what attention makes of unit vectors."""
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    if isinstance(attn, dydilit.SoftmaxAttention):
+        q, k, _ = (dydilit.split_heads(t, attn.n_heads) for t in attn.qkv(x).chunk(3, dim=-1))
+        return dydilit.softmax_attention(q, k, eye.unsqueeze(1).expand(-1, attn.n_heads, -1, -1))
+    *sets, _ = attn.qkv(x).split(attn.dim, dim=-1)
+    sets = attn.kernel(*sets, *(attn.projection(x) if attn.projection is not None else []))
+    values = eye.repeat(1, 1, attn.n_heads)
+    if attn.differential is not None:
+        out = attn.differential(*sets, values, attn.n_heads)
+    else:
+        heads = (dydilit.split_heads(t, attn.n_heads) for t in (*sets, values))
+        out = dydilit.merge_heads(dydilit.linear_attention(*heads))
+    return dydilit.split_heads(out, attn.n_heads)
+
+
+def similarity(tokens):
+    """Mean cosine between two different tokens of an image, (B, N, d) -> a number."""
+    unit, n = torch.nn.functional.normalize(tokens, dim=-1), tokens.shape[1]
+    return ((unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))).mean() / (n * (n - 1))).item()
+
+
+def mutual_information(counts):
+    """Bits that a class tells of a token's choice. counts: (..., classes, choices)."""
+    p = counts / counts.sum((-2, -1), keepdims=True)
+    independent = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
+    return np.where(p > 0, p * np.log2(np.where(p > 0, p, 1) / np.where(independent > 0, independent, 1)), 0).sum((-2, -1))
+
+
+@torch.no_grad()
+def look_inside(model, data, n=200, shuffles=200):
+    """Lines for blocks.csv and routers.csv, from n held-out images at all noise levels."""
+    t = torch.randint(1000, (n,), generator=torch.Generator().manual_seed(0))
+    _, x_t, _, y = noisy(data, t, seed=0)
+    blocks, chosen, hooks = [], {}, []
+
+    def attention(module, inputs, output):
+        weights = attention_map(module, inputs[0])
+        weights = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)      # differences may be negative
+        line = dict(block=len(blocks), row_entropy=measures.row_entropy(weights).mean().item(),
+                    row_variance=measures.row_variance(weights).mean().item(), similarity_in=similarity(inputs[0]),
+                    similarity_out=similarity(output))
+        for name, bank in (("gamma", getattr(getattr(module, "kernel", None), "gammas", None)),
+                           ("lambda", getattr(getattr(module, "differential", None), "lambdas", None))):
+            line.update({f"{name}_{f}": "" if bank is None else getattr(bank, f)().item() for f in ("mean", "min", "max")})
+        blocks.append(line)
+
+    def choices(module, inputs, output):
+        chosen[names[module]] = output[1].sum(1).round().long().cpu().numpy()
+
+    names = {module: name for name, module in model.named_modules()}
+    for module in names:
+        if isinstance(module, (dydilit.DyDiLA, dydilit.SoftmaxAttention)):
+            hooks.append(module.register_forward_hook(attention))
+        if isinstance(module, dydilit.Router):
+            hooks.append(module.register_forward_hook(choices))
+    model(*(a.to(model.pos_embed.device) for a in (x_t, t, y)))
+    for hook in hooks:
+        hook.remove()
+    rng, routers = np.random.default_rng(0), []
+    for name, counts in chosen.items():                     # (n, choices): each image's tokens by choice
+        classes = np.eye(len(data.names))[y.numpy()]
+        by_class = classes.T @ counts
+        shuffled = mutual_information(np.stack([classes[rng.permutation(n)].T @ counts for _ in range(shuffles)]))
+        share, information = counts.sum(0) / counts.sum(), mutual_information(by_class)
+        _, block, _, router = name.split(".", 3)
+        routers.append(dict(
+            block=block, router=router, choices=len(share), perplexity=np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()),
+            unused=(share == 0).sum(), class_bits=information, class_bits_shuffled=shuffled.mean(),
+            shuffles_as_high=(shuffled >= information).mean(), most_frequent=len(set(by_class.argmax(1)))))
+    return blocks, routers
+
+
+# ---- A run ----------------------------------------------------------------------------------------------------------
+
+def call(log, *command):
+    """train.py with these arguments, its output in `log`. Problem if it fails."""
+    with open(log, "a") as out:
+        if subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)], stdout=out, stderr=out).returncode:
+            raise train.Problem(f"{log.read_text().strip().splitlines()[-1]} (all of it in {log})")
+
+
+def run_folder(args, data, variant, steps, seed):
+    return pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}" / f"{variant.replace(':', '-')}-{steps}-{seed}"
+
+
+def one_run(args, key, train_flags, known_network):
+    """Trains, samples and measures. Returns its line of runs.csv, and its lines of blocks.csv and routers.csv."""
+    started, run = time.time(), run_folder(args, *(key[k] for k in ("data", "variant", "steps", "seed")))
+    log = run.with_name(run.name + ".log")
+    call(log, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
+         key["seed"], "--steps", key["steps"], "--sampling-steps", 20, *train_flags)
+    state = train.load_checkpoint(run / "checkpoint.pt", train.pick_device())
+    model = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).to(train.pick_device()).eval()
+    model.load_state_dict(state["ema"])
+    data = held_out(key["data"], args.data_dir)
+    losses = held_out_losses(model, data)
+    blocks, routers = look_inside(model, data)
+    last = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+    row = dict(key, dim=model.cfg.dim, depth=model.cfg.depth, parameters=sum(p.numel() for p in model.parameters()),
+               honest_gmacs=sum(dydilit.count_macs(model)["honest"].values()) / 1e9, images=last[-1]["images"],
+               train_loss=float(last[-1]["loss"]), max_grad_norm=max(float(line["grad_norm"]) for line in last),
+               held_out_loss=float(np.mean(losses)), **{f"band{b}": loss for b, loss in enumerate(losses)})
+    for guidance in GUIDANCES:
+        out = run / f"samples-cfg{guidance}.npz"
+        if not out.exists():
+            call(log, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--sampler", "ddim",
+                 "--cfg", guidance, "--seed", key["seed"], "--out", out)
+        images, labels = measures.load_npz(out)
+        network, real = known_network
+        generated = measures.extract(images, measures.load_network(args.network) if args.network else network)
+        values = measures.compare(generated, real)
+        if not args.network:
+            right = generated["logits"].argmax(1).cpu().numpy() == labels
+            values["recognized"] = right.mean()
+            values["recognized_by_class"] = " ".join(f"{right[labels == c].mean():.3f}" for c in np.unique(labels))
+        row.update({f"cfg{guidance}_{name}": value for name, value in values.items()})
+    row.update(train_seconds=float(last[-1]["seconds"]), seconds=time.time() - started,
+               threads=torch.get_num_threads(), device=train.pick_device().type)
+    return [row], [dict(key, **line) for line in blocks], [dict(key, **line) for line in routers]
+
+
+def prepare(args, data):
+    """The feature network and the features of 10,000 real images; the classifier is trained once and kept."""
+    folder = pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "reference.npz").exists():
+        call(folder / "reference.log", "reference", "--data", data, "--data-dir", args.data_dir, "--num", 10_000, "--out",
+             folder / "reference.npz")
+    images, labels = measures.load_npz(folder / "reference.npz")
+    if args.network:
+        return None, measures.extract(images, measures.load_network(args.network))
+    kept = folder / "classifier.pt"
+    if kept.exists():
+        network = measures.Classifier(labels.max() + 1)
+        try:
+            network.load_state_dict(torch.load(kept, weights_only=True))
+        except Exception as error:                          # the errors of pickle and zip are many
+            raise train.Problem(f"{kept}: damaged ({type(error).__name__}); delete it, or choose another --out") from None
+        network = network.to(train.pick_device()).eval()
+    else:
+        source = train.shapes() if data == "shapes" else train.cifar10(args.data_dir)
+        network = measures.train_classifier(source.images, source.labels, len(source.names))
+        with train.replacing(kept) as part:
+            torch.save(network.state_dict(), part)
+    test = held_out(data, args.data_dir, 10_000)
+    right = measures.extract(test.images, network)["logits"].argmax(1).cpu().numpy() == test.labels
+    print(f"{data}: the classifier recognizes {right.mean():.1%} of {len(right)} held-out real images")
+    return network, measures.extract(images, network)
+
+
+def keep_features(args, data, known_network, per_class=30):
+    """The features of some real and generated images, for notebook 09's t-SNE: OUT/features.npz, seed 0, guidance 4."""
+    test, out, at = held_out(data, args.data_dir, 10_000), {}, GUIDANCES[-1]
+    source = {"real": (test.images, test.labels)}
+    for variant in ("dit", "sana", "rung6"):
+        path = run_folder(args, data, variant, args.steps, 0) / f"samples-cfg{at}.npz"
+        if not path.exists():
+            return
+        source[variant] = measures.load_npz(path)
+    for name, (images, labels) in source.items():
+        pick = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(len(test.names))])
+        out[name] = measures.extract(images[pick], known_network[0])["pool"].cpu().numpy().astype(np.float16)
+        out["labels"] = labels[pick]                        # the same for all: class by class
+    np.savez_compressed(pathlib.Path(args.out) / "features.npz", names=np.array(test.names), **out)
+
+
+def rounded(line):
+    return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in line.items()}
+
+
+def read(path):
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def main():
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["shapes"], choices=["shapes", "cifar10"])
+    add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to")
+    add("--model", default=train.SMALL_MODEL, help="the full method, of which the variants are made; default: %(default)s")
+    add("--variants", nargs="+", help="which, and with what changed: NAME or NAME:FIELD=VALUE,...; default: all ten")
+    add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
+    add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
+    add("--samples", type=train.positive, default=500, help="per run and guidance scale; default: %(default)s")
+    add("--sampling-steps", type=train.positive, default=20, help="DDIM steps; default: %(default)s")
+    add("--network", help="TorchScript file of a feature network, see measures.py; default: a classifier of the data")
+    add("--workers", type=train.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
+        help="runs at a time, which share the processor cores; default: %(default)s")
+    add("--out", default="runs/ladder", help="folder; default: %(default)s")
+    args = parser.parse_args()
+    paths = [pathlib.Path(args.out) / f"{name}.csv" for name in ("runs", "blocks", "routers")]
+    tables, todo = [read(path) for path in paths], []
+    done = {tuple(line[k] for k in KEY) for line in tables[0]}
+    for seed in range(args.seeds):                          # the first seed of everything comes first
+        for data in args.data:
+            known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
+            for variant in args.variants or known:
+                steps = dict(pair.split("=") for pair in variant.partition(":")[2].split(",") if pair).get("steps", args.steps)
+                key = dict(data=data, model=args.model, variant=variant, seed=seed, steps=steps, samples=args.samples,
+                           sampling_steps=args.sampling_steps, network=args.network or "classifier")
+                if tuple(str(key[k]) for k in KEY) not in done:
+                    todo.append((key, flags(variant, known)))
+    print(f"{len(done)} runs are in {paths[0]}, {len(todo)} are to do")
+    networks = {data: prepare(args, data) for data in {key["data"] for key, _ in todo}}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.workers))
+    pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
+    futures, failed = {pool.submit(one_run, args, key, extra, networks[key["data"]]): key for key, extra in todo}, 0
+    try:
+        for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
+            try:
+                for path, table, lines in zip(paths, tables, future.result()):
+                    table += map(rounded, lines)
+                    if table:
+                        train.save_log(path, table)
+            except train.Problem as problem:
+                failed += 1
+                tqdm.write(f"{futures[future]['data']} {futures[future]['variant']}: {problem}")
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    if not args.network and args.data[0] in networks:
+        keep_features(args, args.data[0], networks[args.data[0]])
+    if failed:
+        raise train.Problem(f"{failed} runs failed; put right what they say and give the same command again")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except train.Problem as error:
+        sys.exit(f"ladder.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ladder.py: stopped; the same command goes on from here")

@@ -1,0 +1,244 @@
+"""Measures of generated images: FID, sFID, KID, sKID, Inception Score, improved precision and recall.
+
+    python notebooks/measures.py SAMPLES.npz REFERENCE.npz                      features of a classifier trained on REFERENCE
+    python notebooks/measures.py SAMPLES.npz REFERENCE.npz --network FILE       features of a network that you bring
+
+Both are what `train.py sample --num` and `train.py reference` write: arr_0 uint8 (M, H, W, 3), arr_1 labels (M,).
+
+FILE is a TorchScript module. It takes uint8 images (B, 3, H, W), 0..255, and returns features (B, D), or a tuple of features
+(B, D), spatial features (B, S) and logits (B, K). Of Inception-v3, as ADM's evaluator takes them: the 2,048 of the last
+pooling, the first 7 channels of mixed_6's first convolution (7 x 17 x 17 = 2,023) and the 1,008 logits. Features alone
+leave out sFID, sKID and IS. Figures compare only for the same network, reference and number of images.
+"""
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import train  # noqa: E402
+
+# ---- The measures, on features --------------------------------------------------------------------------------------
+
+
+def frechet_distance(x, y):
+    """FID (Heusel et al. 2017): |m_x - m_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^1/2), in float64. On spatial features: sFID.
+
+    x: (M, D); y: (L, D). (C_x C_y)^1/2 has the trace of the symmetric (C_x^1/2 C_y C_x^1/2)^1/2: no complex root is taken.
+    """
+    (mean_x, cov_x), (mean_y, cov_y) = ((f.mean(0), f.T.cov()) for f in (x.double(), y.double()))
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
+    return ((mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * overlap).item()
+
+
+def kernel_distance(x, y, subset=1000, n_subsets=100, seed=0):
+    """KID (Binkowski et al. 2018): the squared MMD of the kernel (a b^T / D + 1)^3, unbiased, mean over random subsets.
+
+    x: (M, D); y: (L, D). subset: images of each side in a subset, at most M and L. May be negative. Spatial features: sKID.
+    """
+    generator, n = np.random.default_rng(seed), min(subset, len(x), len(y))
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    total = 0
+    for _ in range(n_subsets):
+        a, b = (f[torch.as_tensor(generator.choice(len(f), n, replace=False), device=f.device)].double() for f in (x, y))
+        within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (kernel(a, a), kernel(b, b)))
+        total += (within - 2 * kernel(a, b).mean()).item()
+    return total / n_subsets
+
+
+def inception_score(logits, split=5000):
+    """IS (Salimans et al. 2016): exp of the mean KL(p(class | image) || p(class)), mean over splits of so many images.
+
+    logits: (M, K). 1..K, larger is better. A split's p(class) is its own: images that lie class by class want shuffling.
+    """
+    scores = []
+    for part in logits.double().log_softmax(1).split(split):
+        log_marginal = part.logsumexp(0) - np.log(len(part))
+        scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp().item())
+    return float(np.mean(scores))
+
+
+def precision_recall(x, y, k=3, chunk=1000):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of generated features x (M, D) against real ones y (L, D).
+
+    Precision: the share of x that lies within the k-th neighbour's distance of some y. Recall: the same, roles exchanged.
+    """
+    def covered(points, centres):
+        radius = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(chunk)])
+        inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(chunk)]    # k + 1: and itself
+        return torch.cat(inside).double().mean().item()
+
+    x, y = x.double(), y.double()
+    return covered(x, y), covered(y, x)
+
+
+def compare(generated, reference):
+    """Every measure of generated against real features, both from extract(). Returns {name: value}."""
+    out = {"FID": frechet_distance(generated["pool"], reference["pool"])}
+    if "spatial" in generated:
+        out["sFID"] = frechet_distance(generated["spatial"], reference["spatial"])
+    out["KID"] = kernel_distance(generated["pool"], reference["pool"])
+    if "spatial" in generated:
+        out["sKID"] = kernel_distance(generated["spatial"], reference["spatial"])
+        order = torch.randperm(len(generated["logits"]), generator=torch.Generator().manual_seed(0))
+        out["IS"] = inception_score(generated["logits"].cpu()[order])
+    out["precision"], out["recall"] = precision_recall(generated["pool"], reference["pool"])
+    return out
+
+
+def row_entropy(attention):
+    """Entropy of each row of an attention map as a share of the largest one, log N: 1 is uniform, 0 a single key."""
+    return torch.special.entr(attention).sum(-1) / np.log(attention.shape[-1])
+
+
+def row_variance(attention):
+    """Variance of each row's weights in units of their mean 1/N, squared: 0 is uniform, N - 1 a single key."""
+    return attention.var(-1, correction=0) * attention.shape[-1] ** 2
+
+
+def tsne(x, perplexity=30, steps=750, seed=0):
+    """t-SNE (van der Maaten & Hinton 2008), exact: a map of points whose near neighbours in x are near. (M, D) -> (M, 2)."""
+    x = x.double()
+    d2 = torch.cdist(x, x).square().fill_diagonal_(float("inf"))
+    low, high = torch.full((len(x), 1), -40.0, dtype=x.dtype), torch.full((len(x), 1), 40.0, dtype=x.dtype)
+    for _ in range(50):                                     # each point's bandwidth, by bisection of its row's entropy
+        middle = (low + high) / 2
+        p = torch.softmax(-d2 * middle.exp(), dim=1)
+        wide = torch.special.entr(p).sum(1, keepdim=True) > np.log(perplexity)
+        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
+    p = (p + p.T) / (2 * len(x))
+    u, _, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    y = u[:, :2] / u[:, :2].std() * 1e-4                    # starts from the principal components: the same map each time
+    speed, gain = torch.zeros_like(y), torch.ones_like(y)
+    rate = max(len(x) / 48, 50)
+    for step in range(steps):
+        w = 1 / (1 + torch.cdist(y, y).square())
+        w.fill_diagonal_(0)
+        pull = ((12 if step < 250 else 1) * p - w / w.sum()) * w            # exaggerated first, so that clusters form
+        grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        gain = torch.where((grad > 0) == (speed > 0), gain * 0.8, gain + 0.2).clamp_min(0.01)
+        speed = (0.5 if step < 250 else 0.8) * speed - rate * gain * grad
+        y = y + speed
+    return y
+
+
+# ---- The features ---------------------------------------------------------------------------------------------------
+
+class Classifier(nn.Module):
+    """A small convolutional classifier, for features where no Inception can be had.
+
+    uint8 (B, 3, H, W) -> features (B, 128), spatial features (B, 7 H W / 16), logits (B, n_classes). On the real images
+    that it learned from, the features' variances are 1 on average.
+    """
+
+    def __init__(self, n_classes):
+        super().__init__()
+        layers, width = [], 3
+        for out in (32, 64, 128):
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            width = out
+        self.early, self.late = nn.Sequential(*layers[:8]), nn.Sequential(*layers[8:])
+        self.register_buffer("scale", torch.ones(2))        # one number each: features keep their relative weights
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3), nn.Linear(16 * width, n_classes))
+
+    def forward(self, images):
+        x = self.early(images.float() / 127.5 - 1)
+        spatial, x = x[:, :7].flatten(1), self.late(x)
+        return x.mean((2, 3)) * self.scale[0], spatial * self.scale[1], self.head(x)
+
+
+def train_classifier(images, labels, n_classes, epochs=4, seed=0):
+    """A Classifier of uint8 images (M, H, W, 3), trained with shifts of up to two pixels; a minute on two cores."""
+    torch.manual_seed(seed)
+    device = train.pick_device()
+    x, y = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device), torch.from_numpy(labels).to(device)
+    height, width = x.shape[2:]
+    model = Classifier(n_classes).to(device, memory_format=torch.channels_last)
+    steps = max(epochs * (len(x) // 128), 200)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        pick = torch.randint(len(x), (128,))
+        dx, dy = torch.randint(0, 5, (2,)).tolist()
+        batch = F.pad(x[pick].float(), (2, 2, 2, 2), mode="replicate")[:, :, dy:dy + height, dx:dx + width]
+        F.cross_entropy(model(batch)[2], y[pick]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    real = extract(images[:5000], model.eval())
+    model.scale = torch.stack([1 / real[name].var(0).mean().sqrt() for name in ("pool", "spatial")])     # mean variance 1
+    return model
+
+
+@torch.no_grad()
+def extract(images, network, batch=500):
+    """What a network says of uint8 images (M, H, W, 3): {"pool": (M, D)}, with "spatial" and "logits" if it gives them."""
+    parts, device = [], train.pick_device()
+    for start in range(0, len(images), batch):
+        out = network(torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2).to(device))
+        parts.append(out if isinstance(out, tuple) else (out,))
+    return dict(zip(("pool", "spatial", "logits"), map(torch.cat, zip(*parts))))
+
+
+def load_npz(path):
+    """Images uint8 (M, H, W, 3) and labels (M,) of an .npz in ADM's layout. Problem if it is anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["arr_1"]
+        if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1] or len(labels) < 5:
+            raise ValueError
+    except Exception:                                       # the errors of zip and of numpy's format are many
+        raise train.Problem(f"{path}: not five images or more in ADM's layout; give an .npz that train.py sample --num, "
+                            "or train.py reference, wrote") from None
+    return images, labels
+
+
+def load_network(path):
+    """A TorchScript module, see above. Problem if the file is none."""
+    try:
+        return torch.jit.load(path, map_location=train.pick_device()).eval()
+    except Exception as error:
+        raise train.Problem(f"--network {path}: cannot be loaded ({type(error).__name__}); give a TorchScript file") from None
+
+
+def main():
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples")
+    parser.add_argument("reference")
+    parser.add_argument("--network", help="TorchScript file of a feature network")
+    args = parser.parse_args()
+    (x, x_labels), (y, y_labels) = load_npz(args.samples), load_npz(args.reference)
+    if x.shape[1:] != y.shape[1:]:
+        raise train.Problem(f"{args.samples}: images of {x.shape[1]}x{x.shape[2]}, the reference's are {y.shape[1]}x"
+                            f"{y.shape[2]}; make both of one size")
+    if args.network:
+        network = load_network(args.network)
+    else:
+        order, held_out = np.random.default_rng(0).permutation(len(y)), len(y) // 10
+        network = train_classifier(y[order[held_out:]], y_labels[order[held_out:]], y_labels.max() + 1)
+    generated, real = extract(x, network), extract(y, network)
+    print(f"{len(x)} generated images against {len(y)} real ones")
+    for name, value in compare(generated, real).items():
+        print(f"{name:10} {value:.4f}")
+    if not args.network:
+        verdict = [np.asarray(f["logits"].argmax(1).cpu()) for f in (generated, real)]
+        share = (verdict[1] == y_labels)[order[:held_out]].mean()
+        print(f"recognized as their class: {(verdict[0] == x_labels).mean():.1%}; of real images it has not seen: {share:.1%}")
+        by_class = [f"{c} {(verdict[0] == x_labels)[x_labels == c].mean():.0%}" for c in np.unique(x_labels)]
+        print("by class: " + ", ".join(by_class))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except train.Problem as error:
+        sys.exit(f"measures.py: {error}")
