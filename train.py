@@ -604,7 +604,6 @@ def train(args):
     device, main, local = pick_device(), rank == 0, args.batch_size // world
     run = pathlib.Path(args.run or pathlib.Path("runs") / pathlib.Path(args.data).resolve().name)
     checkpoint = run / "checkpoint.pt"
-    keep_freed_memory()
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)                   # or every process's barrier would sit on the first card
@@ -753,6 +752,7 @@ def train(args):
 def main():
     try:
         args = arguments(sys.argv[1:])
+        keep_freed_memory()
         {"train": train, "encode": encode, "sample": sample, "reference": reference}[args.command](args)
     except (Problem, ValueError) as error:
         sys.exit(f"train.py: {error}")

@@ -1,14 +1,14 @@
-"""Trains, samples and measures the variants that the paper's tables compare, with several seeds: the data of notebook 10.
+"""Trains, samples and measures the variants that the paper's tables compare, with seeds: the data of notebook 10.
 
     python notebooks/ladder.py --data shapes                                            the built-in set
     python notebooks/ladder.py --data cifar10 --data-dir DIR                            CIFAR-10, or files in its layout
     python notebooks/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
     python notebooks/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
 
-Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both without
-the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest MACs.
-Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per
-run and block, routers.csv a line per run and router. Stopped at any moment, the same command goes on where it was.
+Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
+without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
+MACs. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv
+a line per run and block, routers.csv a line per run and router. Stopped at any moment, the same command goes on.
 """
 import argparse
 import concurrent.futures
@@ -49,7 +49,8 @@ def equal_macs(model, base, **overrides):
     """overrides with the width that brings another architecture closest to the honest MACs of `model` with `base`."""
     target, step = honest_macs(model, **base), math.lcm(4, overrides.get("n_heads", 1))
     widths = range(step, 2 * dydilit.MODELS[model]["dim"], step)
-    return dict(overrides, dim=min(widths, key=lambda dim: abs(honest_macs(model, **base, **overrides, dim=dim) - target)))
+    dim = min(widths, key=lambda dim: abs(honest_macs(model, **base, **overrides, dim=dim) - target))
+    return dict(overrides, dim=dim)
 
 
 def variants(model, base):
@@ -66,7 +67,7 @@ def variants(model, base):
 
 
 def flags(text, known):
-    """train.py's flags for a variant: its name, and after a colon fields of ModelConfig or train.py's knobs to change."""
+    """train.py's flags for a variant: a name, and after a colon fields of ModelConfig or train.py's knobs to change."""
     name, _, changes = text.partition(":")
     if name not in known:
         raise train.Problem(f"--variants {name}: choose from {', '.join(known)}")
@@ -97,13 +98,14 @@ def noisy(data, t, seed):
 
 @torch.no_grad()
 def held_out_losses(model, data, batch=100):
-    """The mean squared error of the predicted noise on held-out images, per band of timesteps, the noise being fixed."""
+    """Mean squared error of the predicted noise on held-out images, per band of timesteps, the noise being fixed."""
     device, width, losses = model.pos_embed.device, 1000 // BANDS, []
     for band in range(BANDS):
-        t = torch.randint(width, (len(data.labels),), generator=torch.Generator().manual_seed(band)) + band * width
+        t = band * width + torch.randint(width, (len(data.labels),), generator=torch.Generator().manual_seed(band))
         x, x_t, noise, y = noisy(data, t, seed=1000 + band)
-        said = [model(*(part.to(device) for part in parts)).cpu() for parts in zip(*(a.split(batch) for a in (x_t, t, y)))]
-        losses.append((torch.cat(said)[:, :x.shape[1]] - noise).square().mean().item())
+        batches = zip(*(a.to(device).split(batch) for a in (x_t, t, y)))
+        predicted = torch.cat([model(*inputs)[:, :x.shape[1]].cpu() for inputs in batches])
+        losses.append((predicted - noise).square().mean().item())
     return losses
 
 
@@ -134,7 +136,7 @@ def mutual_information(counts):
     """Bits that a class tells of a token's choice. counts: (..., classes, choices)."""
     p = counts / counts.sum((-2, -1), keepdims=True)
     independent = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
-    return np.where(p > 0, p * np.log2(np.where(p > 0, p, 1) / np.where(independent > 0, independent, 1)), 0).sum((-2, -1))
+    return (p * np.log2(np.where(p > 0, p, 1) / np.where(p > 0, independent, 1))).sum((-2, -1))
 
 
 @torch.no_grad()
@@ -146,13 +148,14 @@ def look_inside(model, data, n=200, shuffles=200):
 
     def attention(module, inputs, output):
         weights = attention_map(module, inputs[0])
-        weights = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)      # differences may be negative
+        weights = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)      # some may be negative
         line = dict(block=len(blocks), row_entropy=measures.row_entropy(weights).mean().item(),
                     row_variance=measures.row_variance(weights).mean().item(), similarity_in=similarity(inputs[0]),
                     similarity_out=similarity(output))
         for name, bank in (("gamma", getattr(getattr(module, "kernel", None), "gammas", None)),
                            ("lambda", getattr(getattr(module, "differential", None), "lambdas", None))):
-            line.update({f"{name}_{f}": "" if bank is None else getattr(bank, f)().item() for f in ("mean", "min", "max")})
+            for f in ("mean", "min", "max"):
+                line[f"{name}_{f}"] = "" if bank is None else getattr(bank, f)().item()
         blocks.append(line)
 
     def choices(module, inputs, output):
@@ -175,7 +178,7 @@ def look_inside(model, data, n=200, shuffles=200):
         share, information = counts.sum(0) / counts.sum(), mutual_information(by_class)
         _, block, _, router = name.split(".", 3)
         routers.append(dict(
-            block=block, router=router, choices=len(share), perplexity=np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()),
+            block=block, router=router, choices=len(share), perplexity=np.exp(torch.special.entr(torch.tensor(share)).sum()),
             unused=(share == 0).sum(), class_bits=information, class_bits_shuffled=shuffled.mean(),
             shuffles_as_high=(shuffled >= information).mean(), most_frequent=len(set(by_class.argmax(1)))))
     return blocks, routers
@@ -191,11 +194,13 @@ def call(log, *command):
 
 
 def run_folder(args, data, variant, steps, seed):
-    return pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}" / f"{variant.replace(':', '-')}-{steps}-{seed}"
+    folder = pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
+    return folder / f"{variant.replace(':', '-')}-{steps}-{seed}"
 
 
 def one_run(args, key, train_flags, known_network):
     """Trains, samples and measures. Returns its line of runs.csv, and its lines of blocks.csv and routers.csv."""
+    train.keep_freed_memory()
     started, run = time.time(), run_folder(args, *(key[k] for k in ("data", "variant", "steps", "seed")))
     log = run.with_name(run.name + ".log")
     call(log, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
@@ -214,8 +219,8 @@ def one_run(args, key, train_flags, known_network):
     for guidance in GUIDANCES:
         out = run / f"samples-cfg{guidance}.npz"
         if not out.exists():
-            call(log, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--sampler", "ddim",
-                 "--cfg", guidance, "--seed", key["seed"], "--out", out)
+            call(log, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
+                 "--sampler", "ddim", "--seed", key["seed"], "--out", out)
         images, labels = measures.load_npz(out)
         network, real = known_network
         generated = measures.extract(images, measures.load_network(args.network) if args.network else network)
@@ -235,8 +240,8 @@ def prepare(args, data):
     folder = pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reference.npz").exists():
-        call(folder / "reference.log", "reference", "--data", data, "--data-dir", args.data_dir, "--num", 10_000, "--out",
-             folder / "reference.npz")
+        call(folder / "reference.log", "reference", "--data", data, "--data-dir", args.data_dir, "--num", 10_000,
+             "--out", folder / "reference.npz")
     images, labels = measures.load_npz(folder / "reference.npz")
     if args.network:
         return None, measures.extract(images, measures.load_network(args.network))
@@ -246,7 +251,8 @@ def prepare(args, data):
         try:
             network.load_state_dict(torch.load(kept, weights_only=True))
         except Exception as error:                          # the errors of pickle and zip are many
-            raise train.Problem(f"{kept}: damaged ({type(error).__name__}); delete it, or choose another --out") from None
+            raise train.Problem(f"{kept}: damaged ({type(error).__name__}); delete it, or choose another --out") \
+                from None
         network = network.to(train.pick_device()).eval()
     else:
         source = train.shapes() if data == "shapes" else train.cifar10(args.data_dir)
@@ -289,7 +295,7 @@ def main():
     add("--data", nargs="+", default=["shapes"], choices=["shapes", "cifar10"])
     add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to")
     add("--model", default=train.SMALL_MODEL, help="the full method, of which the variants are made; default: %(default)s")
-    add("--variants", nargs="+", help="which, and with what changed: NAME or NAME:FIELD=VALUE,...; default: all ten")
+    add("--variants", nargs="+", help="NAME, or NAME:FIELD=VALUE,... with something changed; default: all ten")
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
     add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
     add("--samples", type=train.positive, default=500, help="per run and guidance scale; default: %(default)s")
@@ -306,11 +312,12 @@ def main():
         for data in args.data:
             known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
             for variant in args.variants or known:
-                steps = dict(pair.split("=") for pair in variant.partition(":")[2].split(",") if pair).get("steps", args.steps)
+                extra = flags(variant, known)
+                steps = extra[extra.index("--steps") + 1] if "--steps" in extra else args.steps
                 key = dict(data=data, model=args.model, variant=variant, seed=seed, steps=steps, samples=args.samples,
                            sampling_steps=args.sampling_steps, network=args.network or "classifier")
                 if tuple(str(key[k]) for k in KEY) not in done:
-                    todo.append((key, flags(variant, known)))
+                    todo.append((key, extra))
     print(f"{len(done)} runs are in {paths[0]}, {len(todo)} are to do")
     networks = {data: prepare(args, data) for data in {key["data"] for key, _ in todo}}
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.workers))

@@ -1,14 +1,14 @@
 """Measures of generated images: FID, sFID, KID, sKID, Inception Score, improved precision and recall.
 
-    python notebooks/measures.py SAMPLES.npz REFERENCE.npz                      features of a classifier trained on REFERENCE
-    python notebooks/measures.py SAMPLES.npz REFERENCE.npz --network FILE       features of a network that you bring
+    python notebooks/measures.py SAMPLES.npz REFERENCE.npz                  features of a classifier trained on REFERENCE
+    python notebooks/measures.py SAMPLES.npz REFERENCE.npz --network FILE   features of a network that you bring
 
 Both are what `train.py sample --num` and `train.py reference` write: arr_0 uint8 (M, H, W, 3), arr_1 labels (M,).
 
-FILE is a TorchScript module. It takes uint8 images (B, 3, H, W), 0..255, and returns features (B, D), or a tuple of features
-(B, D), spatial features (B, S) and logits (B, K). Of Inception-v3, as ADM's evaluator takes them: the 2,048 of the last
-pooling, the first 7 channels of mixed_6's first convolution (7 x 17 x 17 = 2,023) and the 1,008 logits. Features alone
-leave out sFID, sKID and IS. Figures compare only for the same network, reference and number of images.
+FILE is a TorchScript module. It takes uint8 images (B, 3, H, W), 0..255, and returns features (B, D), or a tuple of
+features (B, D), spatial features (B, S) and logits (B, K). Of Inception-v3, as ADM's evaluator takes them: the 2,048 of
+the last pooling, the first 7 channels of mixed_6's first convolution (7 x 17 x 17 = 2,023) and the 1,008 logits. With
+features alone, sFID, sKID and IS are left out. Figures compare only for the same network, reference and image count.
 """
 import argparse
 import pathlib
@@ -26,9 +26,9 @@ import train  # noqa: E402
 
 
 def frechet_distance(x, y):
-    """FID (Heusel et al. 2017): |m_x - m_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^1/2), in float64. On spatial features: sFID.
+    """FID (Heusel et al. 2017): |m_x - m_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^1/2), in float64. sFID on spatial features.
 
-    x: (M, D); y: (L, D). (C_x C_y)^1/2 has the trace of the symmetric (C_x^1/2 C_y C_x^1/2)^1/2: no complex root is taken.
+    x: (M, D); y: (L, D). (C_x C_y)^1/2 has the trace of the symmetric (C_x^1/2 C_y C_x^1/2)^1/2: no complex root.
     """
     (mean_x, cov_x), (mean_y, cov_y) = ((f.mean(0), f.T.cov()) for f in (x.double(), y.double()))
     values, vectors = torch.linalg.eigh(cov_x)
@@ -38,9 +38,10 @@ def frechet_distance(x, y):
 
 
 def kernel_distance(x, y, subset=1000, n_subsets=100, seed=0):
-    """KID (Binkowski et al. 2018): the squared MMD of the kernel (a b^T / D + 1)^3, unbiased, mean over random subsets.
+    """KID (Binkowski et al. 2018): squared MMD of the kernel (a b^T / D + 1)^3, unbiased, mean over random subsets.
 
-    x: (M, D); y: (L, D). subset: images of each side in a subset, at most M and L. May be negative. Spatial features: sKID.
+    x: (M, D); y: (L, D). subset: images of each side in a subset, at most M and L. May be negative. sKID on spatial
+    features.
     """
     generator, n = np.random.default_rng(seed), min(subset, len(x), len(y))
 
@@ -49,7 +50,7 @@ def kernel_distance(x, y, subset=1000, n_subsets=100, seed=0):
 
     total = 0
     for _ in range(n_subsets):
-        a, b = (f[torch.as_tensor(generator.choice(len(f), n, replace=False), device=f.device)].double() for f in (x, y))
+        a, b = (f[torch.as_tensor(generator.choice(len(f), n, replace=False)).to(f.device)].double() for f in (x, y))
         within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (kernel(a, a), kernel(b, b)))
         total += (within - 2 * kernel(a, b).mean()).item()
     return total / n_subsets
@@ -58,7 +59,7 @@ def kernel_distance(x, y, subset=1000, n_subsets=100, seed=0):
 def inception_score(logits, split=5000):
     """IS (Salimans et al. 2016): exp of the mean KL(p(class | image) || p(class)), mean over splits of so many images.
 
-    logits: (M, K). 1..K, larger is better. A split's p(class) is its own: images that lie class by class want shuffling.
+    logits: (M, K). 1..K, larger is better. Every split has its own p(class): shuffle images that lie class by class.
     """
     scores = []
     for part in logits.double().log_softmax(1).split(split):
@@ -68,13 +69,14 @@ def inception_score(logits, split=5000):
 
 
 def precision_recall(x, y, k=3, chunk=1000):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of generated features x (M, D) against real ones y (L, D).
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of generated x (M, D) against real y (L, D).
 
-    Precision: the share of x that lies within the k-th neighbour's distance of some y. Recall: the same, roles exchanged.
+    Precision: the share of x that lies within the k-th neighbour's distance of some y. Recall: roles exchanged.
     """
     def covered(points, centres):
+        # k + 1: the nearest of a centre's neighbours is the centre itself
         radius = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(chunk)])
-        inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(chunk)]    # k + 1: and itself
+        inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 
     x, y = x.double(), y.double()
@@ -89,8 +91,8 @@ def compare(generated, reference):
     out["KID"] = kernel_distance(generated["pool"], reference["pool"])
     if "spatial" in generated:
         out["sKID"] = kernel_distance(generated["spatial"], reference["spatial"])
-        order = torch.randperm(len(generated["logits"]), generator=torch.Generator().manual_seed(0))
-        out["IS"] = inception_score(generated["logits"].cpu()[order])
+        order = np.random.default_rng(0).permutation(len(generated["logits"]))
+        out["IS"] = inception_score(generated["logits"][order])
     out["precision"], out["recall"] = precision_recall(generated["pool"], reference["pool"])
     return out
 
@@ -105,11 +107,11 @@ def row_variance(attention):
     return attention.var(-1, correction=0) * attention.shape[-1] ** 2
 
 
-def tsne(x, perplexity=30, steps=750, seed=0):
-    """t-SNE (van der Maaten & Hinton 2008), exact: a map of points whose near neighbours in x are near. (M, D) -> (M, 2)."""
+def tsne(x, perplexity=30, steps=750):
+    """t-SNE (van der Maaten & Hinton 2008), exact: a map in which x's near neighbours are near. (M, D) -> (M, 2)."""
     x = x.double()
     d2 = torch.cdist(x, x).square().fill_diagonal_(float("inf"))
-    low, high = torch.full((len(x), 1), -40.0, dtype=x.dtype), torch.full((len(x), 1), 40.0, dtype=x.dtype)
+    low, high = (x.new_full((len(x), 1), end) for end in (-40, 40))
     for _ in range(50):                                     # each point's bandwidth, by bisection of its row's entropy
         middle = (low + high) / 2
         p = torch.softmax(-d2 * middle.exp(), dim=1)
@@ -136,8 +138,8 @@ def tsne(x, perplexity=30, steps=750, seed=0):
 class Classifier(nn.Module):
     """A small convolutional classifier, for features where no Inception can be had.
 
-    uint8 (B, 3, H, W) -> features (B, 128), spatial features (B, 7 H W / 16), logits (B, n_classes). On the real images
-    that it learned from, the features' variances are 1 on average.
+    uint8 (B, 3, H, W) -> features (B, 128), spatial features (B, 7 H W / 16), logits (B, n_classes). On real images
+    their means are 0 (the spatial ones' over each channel) and their variances 1 on average.
     """
 
     def __init__(self, n_classes):
@@ -147,13 +149,16 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
             width = out
         self.early, self.late = nn.Sequential(*layers[:8]), nn.Sequential(*layers[8:])
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("centre_spatial", torch.zeros(7, 1, 1))
         self.register_buffer("scale", torch.ones(2))        # one number each: features keep their relative weights
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3), nn.Linear(16 * width, n_classes))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3),
+                                  nn.Linear(16 * width, n_classes))
 
     def forward(self, images):
         x = self.early(images.float() / 127.5 - 1)
-        spatial, x = x[:, :7].flatten(1), self.late(x)
-        return x.mean((2, 3)) * self.scale[0], spatial * self.scale[1], self.head(x)
+        spatial, x = (x[:, :7] - self.centre_spatial) * self.scale[1], self.late(x)
+        return (x.mean((2, 3)) - self.centre) * self.scale[0], spatial.flatten(1), self.head(x)
 
 
 def train_classifier(images, labels, n_classes, epochs=4, seed=0):
@@ -175,13 +180,14 @@ def train_classifier(images, labels, n_classes, epochs=4, seed=0):
         optimizer.zero_grad()
         schedule.step()
     real = extract(images[:5000], model.eval())
-    model.scale = torch.stack([1 / real[name].var(0).mean().sqrt() for name in ("pool", "spatial")])     # mean variance 1
+    model.centre, model.centre_spatial = real["pool"].mean(0), real["spatial"].mean(0).view(7, -1, 1).mean(1, True)
+    model.scale = torch.stack([1 / real[name].var(0).mean().sqrt() for name in ("pool", "spatial")])
     return model
 
 
 @torch.no_grad()
 def extract(images, network, batch=500):
-    """What a network says of uint8 images (M, H, W, 3): {"pool": (M, D)}, with "spatial" and "logits" if it gives them."""
+    """What a network says of uint8 images (M, H, W, 3): {"pool": (M, D)}, "spatial" and "logits" if it gives them."""
     parts, device = [], train.pick_device()
     for start in range(0, len(images), batch):
         out = network(torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2).to(device))
@@ -197,8 +203,8 @@ def load_npz(path):
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1] or len(labels) < 5:
             raise ValueError
     except Exception:                                       # the errors of zip and of numpy's format are many
-        raise train.Problem(f"{path}: not five images or more in ADM's layout; give an .npz that train.py sample --num, "
-                            "or train.py reference, wrote") from None
+        raise train.Problem(f"{path}: not five images or more in ADM's layout; give an .npz that train.py sample "
+                            "--num, or train.py reference, wrote") from None
     return images, labels
 
 
@@ -207,7 +213,8 @@ def load_network(path):
     try:
         return torch.jit.load(path, map_location=train.pick_device()).eval()
     except Exception as error:
-        raise train.Problem(f"--network {path}: cannot be loaded ({type(error).__name__}); give a TorchScript file") from None
+        raise train.Problem(f"--network {path}: cannot be loaded ({type(error).__name__}); give a TorchScript "
+                            "file") from None
 
 
 def main():
@@ -232,8 +239,9 @@ def main():
     if not args.network:
         verdict = [np.asarray(f["logits"].argmax(1).cpu()) for f in (generated, real)]
         share = (verdict[1] == y_labels)[order[:held_out]].mean()
-        print(f"recognized as their class: {(verdict[0] == x_labels).mean():.1%}; of real images it has not seen: {share:.1%}")
-        by_class = [f"{c} {(verdict[0] == x_labels)[x_labels == c].mean():.0%}" for c in np.unique(x_labels)]
+        right = verdict[0] == x_labels
+        print(f"recognized as their class: {right.mean():.1%}; of real images it has not seen: {share:.1%}")
+        by_class = [f"{c} {right[x_labels == c].mean():.0%}" for c in np.unique(x_labels)]
         print("by class: " + ", ".join(by_class))
 
 
