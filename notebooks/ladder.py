@@ -178,7 +178,7 @@ def look_inside(model, data, n=200, shuffles=200):
         share, information = counts.sum(0) / counts.sum(), mutual_information(by_class)
         _, block, _, router = name.split(".", 3)
         routers.append(dict(
-            block=block, router=router, choices=len(share), perplexity=np.exp(torch.special.entr(torch.tensor(share)).sum()),
+            block=block, router=router, choices=len(share), perplexity=1 / np.prod(share[share > 0] ** share[share > 0]),
             unused=(share == 0).sum(), class_bits=information, class_bits_shuffled=shuffled.mean(),
             shuffles_as_high=(shuffled >= information).mean(), most_frequent=len(set(by_class.argmax(1)))))
     return blocks, routers
