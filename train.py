@@ -150,6 +150,33 @@ def occupied(folder):
     return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
+@contextlib.contextmanager
+def claimed(folder):
+    """Keeps a folder to this process until the block, or the process, ends in whatever way. Problem if it is taken."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:                                     # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)                   # the folder itself is locked: no file to leave behind
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{folder}: another process is at work in it; wait until it ends, or choose another "
+                          "folder") from None
+        except OSError:                                     # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+        if made:
+            with contextlib.suppress(OSError):              # nothing came of it
+                folder.rmdir()
+
+
 def load_checkpoint(path, device):
     """What train saved. Problem if it is missing, damaged or another program's."""
     if not path.exists():
@@ -439,34 +466,35 @@ def encode(args):
     files = "\n".join(str(p.relative_to(args.data)) for p in paths)
     about = dict(source=args.data, files_sha256=hashlib.sha256(files.encode()).hexdigest(), names=names,
                  seed=args.seed, image_size=args.image_size, vae=args.vae)
-    if state.exists():
-        before = json.loads(state.read_text())
-        different = [key for key, value in about.items() if before.get(key) != value]
-        if different:
-            raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose another --out")
-        done = before["done"]
-    elif occupied(out):
-        raise Problem(f"{out}: not empty; choose another --out")
-    device = pick_device()
-    vae = load_vae(args.vae, device)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.image_size % factor:
-        raise Problem(f"--image-size {args.image_size}: not a multiple of the VAE's factor {factor}")
-    about["scaling_factor"] = vae.config.scaling_factor
-    if done == 0:
-        write(state, json.dumps(dict(about, done=0), indent=1))     # from here on the folder is this encoding's
-        np.save(out / "labels.npy", labels)
-        shape = (len(paths), 2, vae.config.latent_channels, *[args.image_size // factor] * 2)
-        np.lib.format.open_memmap(out / "latents.npy", "w+", np.float16, shape)
-    store = np.load(out / "latents.npy", mmap_mode="r+")
-    for start in tqdm(range(done, len(paths), args.batch_size), desc="encoding", unit="batch"):
-        chunk = paths[start:start + args.batch_size]
-        x = pixels(read_images(chunk, args.image_size, None)).to(device)
-        torch.manual_seed(args.seed + start)                # the same latents wherever an earlier run was stopped
-        pair = [vae.encode(view).latent_dist.sample() * vae.config.scaling_factor for view in (x, x.flip(3))]
-        store[start:start + len(chunk)] = torch.stack(pair, dim=1).half().cpu().numpy()
-        store.flush()
-        write(state, json.dumps(dict(about, done=start + len(chunk)), indent=1))
+    with claimed(out):
+        if state.exists():
+            before = json.loads(state.read_text())
+            different = [key for key, value in about.items() if before.get(key) != value]
+            if different:
+                raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose another --out")
+            done = before["done"]
+        elif occupied(out):
+            raise Problem(f"{out}: not empty; choose another --out")
+        device = pick_device()
+        vae = load_vae(args.vae, device)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if args.image_size % factor:
+            raise Problem(f"--image-size {args.image_size}: not a multiple of the VAE's factor {factor}")
+        about["scaling_factor"] = vae.config.scaling_factor
+        if done == 0:
+            write(state, json.dumps(dict(about, done=0), indent=1))     # from here on the folder is this encoding's
+            np.save(out / "labels.npy", labels)
+            shape = (len(paths), 2, vae.config.latent_channels, *[args.image_size // factor] * 2)
+            np.lib.format.open_memmap(out / "latents.npy", "w+", np.float16, shape)
+        store = np.load(out / "latents.npy", mmap_mode="r+")
+        for start in tqdm(range(done, len(paths), args.batch_size), desc="encoding", unit="batch"):
+            chunk = paths[start:start + args.batch_size]
+            x = pixels(read_images(chunk, args.image_size, None)).to(device)
+            torch.manual_seed(args.seed + start)                # the same latents wherever an earlier run was stopped
+            pair = [vae.encode(view).latent_dist.sample() * vae.config.scaling_factor for view in (x, x.flip(3))]
+            store[start:start + len(chunk)] = torch.stack(pair, dim=1).half().cpu().numpy()
+            store.flush()
+            write(state, json.dumps(dict(about, done=start + len(chunk)), indent=1))
     print(f"{out}: {len(paths)} images of {len(names)} classes, encoded")
 
 
@@ -601,9 +629,8 @@ def train(args):
                       f"{args.accumulate}")
     if not (args.lr > 0 and 0 <= args.ema < 1):
         raise Problem(f"--lr {args.lr:g}, --ema {args.ema:g}: the first must be positive, the second in [0, 1)")
-    device, main, local = pick_device(), rank == 0, args.batch_size // world
+    device, main = pick_device(), rank == 0
     run = pathlib.Path(args.run or pathlib.Path("runs") / pathlib.Path(args.data).resolve().name)
-    checkpoint = run / "checkpoint.pt"
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)                   # or every process's barrier would sit on the first card
@@ -617,7 +644,15 @@ def train(args):
     if len(data.labels) < args.batch_size:
         raise Problem(f"--data {args.data}: {len(data.labels)} images are fewer than one batch; add images or lower "
                       f"--batch-size {args.batch_size}")
+    with claimed(run) if main else contextlib.nullcontext():
+        fit(args, data, run, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
 
+
+def fit(args, data, run, device, rank, world):
+    """train's work, in a folder that is its own."""
+    main, local, checkpoint = rank == 0, args.batch_size // world, run / "checkpoint.pt"
     torch.manual_seed(args.seed)
     model = dydilit.build_model(args.model, **{**data.model_shape(), **overrides(args.set)}).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -745,8 +780,6 @@ def train(args):
         save_curve(run / "loss.png", log)
         grid(run / "samples.png")
         print(f"{run}: {step} steps done; look at samples.png and loss.png")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def main():

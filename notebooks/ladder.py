@@ -305,6 +305,12 @@ def main():
         help="runs at a time, which share the processor cores; default: %(default)s")
     add("--out", default="runs/ladder", help="folder; default: %(default)s")
     args = parser.parse_args()
+    with train.claimed(pathlib.Path(args.out)):
+        climb(args)
+
+
+def climb(args):
+    """Makes the runs that OUT's tables lack."""
     paths = [pathlib.Path(args.out) / f"{name}.csv" for name in ("runs", "blocks", "routers")]
     tables, todo = [read(path) for path in paths], []
     done = {tuple(line[k] for k in KEY) for line in tables[0]}

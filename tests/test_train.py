@@ -282,6 +282,20 @@ def test_killed_runs_resume_bit_for_bit(tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
+    process = command(*args, "--steps", 100_000, "--save-every", 5)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    output = finish(*args, "--steps", 10, code=1)
+    assert output == f"train.py: {tmp_path / 'run'}: another process is at work in it; wait until it ends, or choose " \
+        "another folder\n"
+    process.kill()                                          # with SIGKILL nothing is tidied up, yet the folder is free
+    process.communicate()
+    assert "resuming at step" in finish(*args, "--steps", load(tmp_path / "run")["step"] + 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_exits(tmp_path, number):
     args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
