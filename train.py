@@ -130,6 +130,9 @@ def replacing(path):
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -689,11 +692,15 @@ def fit(args, data, run, device, rank, world):
     def save():
         check()
         if main:
-            with replacing(checkpoint) as part:
-                torch.save(dict(format="dydilit", step=step, window=window, identity=identity, knobs=knobs,
-                                data=dict(names=data.names, vae=data.vae), model=dataclasses.asdict(model.cfg),
-                                weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()),
-                           part)
+            state = dict(format="dydilit", step=step, window=window, identity=identity, knobs=knobs,
+                         data=dict(names=data.names, vae=data.vae), model=dataclasses.asdict(model.cfg),
+                         weights=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+            try:
+                with replacing(checkpoint) as part:
+                    torch.save(state, part)
+            except RuntimeError as error:                   # what torch.save makes of a full disk
+                raise Problem(f"{checkpoint}: cannot be written ({str(error).splitlines()[0]:.80}); free some space, and "
+                              "the same command goes on from the last one, which is kept") from None
 
     def grid(path):
         classes = range(min(len(data.names), 10))
