@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -281,6 +282,10 @@ def keep_features(args, data, known_network, per_class=30):
     np.savez_compressed(pathlib.Path(args.out) / "features.npz", names=np.array(test.names), **out)
 
 
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def rounded(line):
     return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in line.items()}
 
@@ -327,7 +332,9 @@ def climb(args):
     print(f"{len(done)} runs are in {paths[0]}, {len(todo)} are to do")
     networks = {data: prepare(args, data) for data in {key["data"] for key, _ in todo}}
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.workers))
-    pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
+    signal.signal(signal.SIGTERM, stop)
+    pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal,
+                                                  (signal.SIGTERM, stop))
     futures, failed = {pool.submit(one_run, args, key, extra, networks[key["data"]]): key for key, extra in todo}, 0
     try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
@@ -340,7 +347,9 @@ def climb(args):
                 failed += 1
                 tqdm.write(f"{futures[future]['data']} {futures[future]['variant']}: {problem}")
     except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():    # and each ends what it has called
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
         raise
     if not args.network and args.data[0] in networks:
         keep_features(args, args.data[0], networks[args.data[0]])

@@ -4,6 +4,7 @@ import math
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -253,10 +254,13 @@ def test_variants_are_those_of_the_tables():
         ladder.flags("rung7", known)
 
 
-def climb(tmp_path, network, *argv):
-    done = subprocess.run([sys.executable, NOTEBOOKS / "ladder.py", "--seeds", "1", "--steps", "2", "--samples", "20",
-                           "--sampling-steps", "2", "--workers", "2", "--out", "ladder", "--network", network, *argv],
-                          cwd=tmp_path, capture_output=True, text=True)
+TINY = "dim=16,depth=2,batch_size=4"
+CLIMB = [sys.executable, NOTEBOOKS / "ladder.py", "--seeds", "1", "--steps", "2", "--samples", "20", "--sampling-steps", "2",
+         "--workers", "2", "--out", "ladder", "--variants", f"rung6:{TINY}", f"dit:{TINY}", "--network"]
+
+
+def climb(tmp_path, network):
+    done = subprocess.run([*CLIMB, network], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = {}
     for name in ("runs", "blocks", "routers"):
@@ -266,8 +270,17 @@ def climb(tmp_path, network, *argv):
 
 
 def test_ladder_of_notebook_10_runs_resumes_and_repeats_itself(tmp_path, network):
-    tiny = "dim=16,depth=2,batch_size=4"
-    says, first = climb(tmp_path, network, "--variants", f"rung6:{tiny}", f"dit:{tiny}")
+    process = subprocess.Popen([*CLIMB, network], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (started := list(tmp_path.rglob("checkpoint.pt"))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.terminate()
+    says = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and says.endswith("ladder.py: stopped; the same command goes on from here\n")
+    for path in started:
+        with train.claimed(path.parent):                    # what it had called has ended, too
+            pass
+    says, first = climb(tmp_path, network)
     assert "0 runs are in" in says and "2 are to do" in says
     assert len(first["runs"]) == 2 and len(first["blocks"]) == 4 and len(first["routers"]) == 2 * 8
     for line in first["runs"]:
@@ -276,12 +289,12 @@ def test_ladder_of_notebook_10_runs_resumes_and_repeats_itself(tmp_path, network
         assert float(line["held_out_loss"]) == pytest.approx(np.mean(bands), rel=1e-4)
     for line in first["routers"]:
         assert 1 <= float(line["perplexity"]) <= int(line["choices"]) and 0 <= float(line["shuffles_as_high"]) <= 1
-    says, again = climb(tmp_path, network, "--variants", f"rung6:{tiny}", f"dit:{tiny}")
+    says, again = climb(tmp_path, network)
     assert "2 runs are in" in says and "0 are to do" in says and again == first
     train.save_log(tmp_path / "ladder" / "runs.csv", [line for line in first["runs"] if "dit" in line["variant"]])
     train.save_log(tmp_path / "ladder" / "blocks.csv", [line for line in first["blocks"] if "dit" in line["variant"]])
     (tmp_path / "ladder" / "routers.csv").unlink()
-    _, again = climb(tmp_path, network, "--variants", f"rung6:{tiny}", f"dit:{tiny}")
+    _, again = climb(tmp_path, network)
     for name in first:                                      # a line that is made anew is the same line
         assert [{k: v for k, v in line.items() if "seconds" not in k} for line in again[name]] == \
             [{k: v for k, v in line.items() if "seconds" not in k} for line in first[name]]
