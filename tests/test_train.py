@@ -84,10 +84,10 @@ def cifar_files(folder, count=20):
     """A small data set in the layout of CIFAR-10's binary version: label, then red, green and blue planes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for k in range(1, 6):
+    for name in [*train.CIFAR_FILES, *train.CIFAR_TEST]:
         records = rng.integers(0, 256, (count, 3073), np.uint8)
         records[:, 0] = np.arange(count) % 10
-        records.tofile(folder / f"data_batch_{k}.bin")
+        records.tofile(folder / name)
     (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n\n")
     return folder
 
@@ -124,6 +124,7 @@ def test_cifar_is_downloaded_checked_and_unpacked_by_name(tmp_path, monkeypatch)
         train.cifar10(tmp_path / "data")
     monkeypatch.setattr(train, "CIFAR_MD5", hashlib.md5((tmp_path / "c.tar.gz").read_bytes()).hexdigest())
     assert len(train.cifar10(tmp_path / "data").images) == 100
+    assert len(train.cifar10(tmp_path / "data", train.CIFAR_TEST).images) == 20
     assert not list(tmp_path.rglob("climbed.bin"))
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
     monkeypatch.setattr(train, "CIFAR_URL", (tmp_path / "nothing").as_uri())
