@@ -194,6 +194,13 @@ def load_checkpoint(path, device):
                       "choose another --run") from None
 
 
+def trained_model(state, device, weights="ema"):
+    """The model of load_checkpoint's state, ready for sampling. weights: "ema", their moving average, or "weights"."""
+    model = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).to(device).eval()
+    model.load_state_dict(state[weights])
+    return model
+
+
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 def pixels(images):
@@ -303,8 +310,8 @@ def download(url, path):
 
 
 def cifar10(data_dir, files=CIFAR_FILES):
-    """CIFAR-10's training images (or other files' of it) from its binary version in data_dir, downloaded and checked if
-    it is not there."""
+    """Images of CIFAR-10's binary version in data_dir, by default those for training; downloaded and checked first if
+    they are not there."""
     data_dir = pathlib.Path(data_dir)
     folder = next((d for d in (data_dir, data_dir / "cifar-10-batches-bin") if (d / CIFAR_FILES[0]).exists()), None)
     if folder is None:
@@ -315,7 +322,7 @@ def cifar10(data_dir, files=CIFAR_FILES):
             raise Problem(f"{archive}: not CIFAR-10's binary version (its md5 is not {CIFAR_MD5}); delete it and run "
                           "again to download it anew")
         with tarfile.open(archive) as tar:      # the known members, by name: no path in the archive is ever used
-            for name in ["batches.meta.txt", *CIFAR_TEST, *reversed(CIFAR_FILES)]:       # the file looked for above comes last
+            for name in ["batches.meta.txt", *CIFAR_TEST, *reversed(CIFAR_FILES)]:  # the file looked for comes last
                 write(folder / name, tar.extractfile(f"cifar-10-batches-bin/{name}").read())
     records = []
     for path in (folder / name for name in files):
@@ -572,8 +579,7 @@ def sample(args):
             if name not in numbers:
                 raise Problem(f"--classes {name}: this run knows 0..{len(names) - 1}, or {', '.join(names[:10])} ...")
         classes = [numbers[name] for name in args.classes.split(",")]
-    model = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).to(device).eval()
-    model.load_state_dict(state["weights" if args.raw_weights else "ema"])
+    model = trained_model(state, device, "weights" if args.raw_weights else "ema")
     vae = load_vae(state["data"]["vae"], device) if state["data"]["vae"] else None
     count, k = args.num or 10 * len(classes), len(classes)
     labels = [c for i, c in enumerate(classes) for _ in range(count // k + (i < count % k))]
@@ -616,7 +622,7 @@ def batch_indices(total, batch_size, step, seed):
 
 def save_log(path, log):
     with replacing(path) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, log[0])
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in log for name in row))
         writer.writeheader()
         writer.writerows(log)
 

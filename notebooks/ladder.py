@@ -74,8 +74,9 @@ def flags(text, known):
         raise train.Problem(f"--variants {name}: choose from {', '.join(known)}")
     out, fields = [], dict(known[name])
     for pair in filter(None, changes.split(",")):
-        if pair.partition("=")[0] in train.KNOBS:
-            out += ["--" + pair.partition("=")[0].replace("_", "-"), pair.partition("=")[2]]
+        field, _, value = pair.partition("=")
+        if field in train.KNOBS:
+            out += ["--" + field.replace("_", "-"), value]
         else:
             fields.update(train.overrides([pair]))
     return out + (["--set", *(f"{k}={json.dumps(v)}" for k, v in fields.items())] if fields else [])
@@ -194,9 +195,12 @@ def call(log, *command):
             raise train.Problem(f"{log.read_text().strip().splitlines()[-1]} (all of it in {log})")
 
 
+def data_folder(args, data):
+    return pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
+
+
 def run_folder(args, data, variant, steps, seed):
-    folder = pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
-    return folder / f"{variant.replace(':', '-')}-{steps}-{seed}"
+    return data_folder(args, data) / f"{variant.replace(':', '-')}-{steps}-{seed}"
 
 
 def one_run(args, key, train_flags, known_network):
@@ -206,9 +210,8 @@ def one_run(args, key, train_flags, known_network):
     log = run.with_name(run.name + ".log")
     call(log, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, *train_flags)
-    state = train.load_checkpoint(run / "checkpoint.pt", train.pick_device())
-    model = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).to(train.pick_device()).eval()
-    model.load_state_dict(state["ema"])
+    device = train.pick_device()
+    model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt", device), device)
     data = held_out(key["data"], args.data_dir)
     losses = held_out_losses(model, data)
     blocks, routers = look_inside(model, data)
@@ -217,14 +220,16 @@ def one_run(args, key, train_flags, known_network):
                honest_gmacs=sum(dydilit.count_macs(model)["honest"].values()) / 1e9, images=last[-1]["images"],
                train_loss=float(last[-1]["loss"]), max_grad_norm=max(float(line["grad_norm"]) for line in last),
                held_out_loss=float(np.mean(losses)), **{f"band{b}": loss for b, loss in enumerate(losses)})
+    network, real = known_network
+    if args.network:                                        # TorchScript does not travel between processes
+        network = measures.load_network(args.network)
     for guidance in GUIDANCES:
         out = run / f"samples-cfg{guidance}.npz"
         if not out.exists():
             call(log, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
                  "--sampler", "ddim", "--seed", key["seed"], "--out", out)
         images, labels = measures.load_npz(out)
-        network, real = known_network
-        generated = measures.extract(images, measures.load_network(args.network) if args.network else network)
+        generated = measures.extract(images, network)
         values = measures.compare(generated, real)
         if not args.network:
             right = generated["logits"].argmax(1).cpu().numpy() == labels
@@ -232,13 +237,13 @@ def one_run(args, key, train_flags, known_network):
             values["recognized_by_class"] = " ".join(f"{right[labels == c].mean():.3f}" for c in np.unique(labels))
         row.update({f"cfg{guidance}_{name}": value for name, value in values.items()})
     row.update(train_seconds=float(last[-1]["seconds"]), seconds=time.time() - started,
-               threads=torch.get_num_threads(), device=train.pick_device().type)
+               threads=torch.get_num_threads(), device=device.type)
     return [row], [dict(key, **line) for line in blocks], [dict(key, **line) for line in routers]
 
 
 def prepare(args, data):
     """The feature network and the features of 10,000 real images; the classifier is trained once and kept."""
-    folder = pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
+    folder = data_folder(args, data)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reference.npz").exists():
         call(folder / "reference.log", "reference", "--data", data, "--data-dir", args.data_dir, "--num", 10_000,
@@ -260,9 +265,9 @@ def prepare(args, data):
         network = measures.train_classifier(source.images, source.labels, len(source.names))
         with train.replacing(kept) as part:
             torch.save(network.state_dict(), part)
-    test = held_out(data, args.data_dir, 10_000)
-    right = measures.extract(test.images, network)["logits"].argmax(1).cpu().numpy() == test.labels
-    print(f"{data}: the classifier recognizes {right.mean():.1%} of {len(right)} held-out real images")
+        test = held_out(data, args.data_dir, 10_000)
+        right = measures.extract(test.images, network)["logits"].argmax(1).cpu().numpy() == test.labels
+        print(f"{data}: the classifier recognizes {right.mean():.1%} of {len(right)} held-out real images")
     return network, measures.extract(images, network)
 
 

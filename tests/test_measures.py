@@ -233,11 +233,11 @@ def test_attention_map_is_what_the_module_applies(overrides):
     weights = ladder.attention_map(attn, x)
     assert weights.shape == (2, cfg.n_heads, 9, 9)
     v = attn.qkv(x).chunk(3 if cfg.attention == "softmax" or attn.qkv.out_features == 48 else 1, dim=-1)[-1]
-    out = dydilit.merge_heads(weights.to(v.dtype) @ dydilit.split_heads(v, cfg.n_heads))
+    out = dydilit.merge_heads(weights @ dydilit.split_heads(v, cfg.n_heads))
+    if overrides.get("normalizer") == "rms":                # not linear in the values: right but for each row's scale
+        out = torch.nn.functional.rms_norm(out, out.shape[-1:], eps=dydilit.EPS)
     if getattr(attn, "dwc", None) is not None:
         out = out + attn.dwc(v)
-    if overrides.get("normalizer") == "rms":                # not linear in the values: the map is that of unit vectors
-        return
     torch.testing.assert_close(attn.proj(out), attn(x))
 
 
@@ -252,6 +252,12 @@ def test_variants_are_those_of_the_tables():
     assert ladder.flags("rung1:n_heads=4,lr=1e-3", known)[:2] == ["--lr", "1e-3"]
     with pytest.raises(train.Problem, match="--variants rung7: choose from rung1"):
         ladder.flags("rung7", known)
+
+
+def test_tables_take_lines_of_runs_with_more_or_fewer_measures(tmp_path):
+    train.save_log(tmp_path / "runs.csv", [dict(seed=0, FID=3), dict(seed=1, FID=4, recognized=0.5)])
+    assert ladder.read(tmp_path / "runs.csv") == [dict(seed="0", FID="3", recognized=""),
+                                                  dict(seed="1", FID="4", recognized="0.5")]
 
 
 TINY = "dim=16,depth=2,batch_size=4"
