@@ -114,27 +114,51 @@ class Router(nn.Module):
 # Dynamic projection module (Eq. 1-2)
 # ---------------------------------------------------------------------------------------------------------------------
 
+@torch.library.custom_op("dydilit::grouped_mm", mutates_args=())
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Products of groups of rows, in one call; group u ends before row ends[u], (n,) int32.
+
+    With b (n, d, e), each group of a, (T, d), times its own matrix: returns (T, e). With b (T, e), each group of a,
+    transposed, times the same rows of b: returns (n, d, e), the gradient of those matrices.
+    """
+    # What PyTorch documents of its grouped_mm: rows of whole 16-byte units; on CUDA bfloat16 from Ampere on; no
+    # float64, no MPS. Elsewhere: slice by slice. An operator of our own: torch.compile traces theirs in bfloat16 only.
+    documented = (a.dtype != torch.float64 if a.device.type == "cpu" else a.device.type == "cuda" and
+                  a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= (8, 0))
+    if documented and a.shape[1] % 8 == b.shape[-1] % 8 == 0:
+        return F.grouped_mm(a if b.dim() == 3 else a.mT, b, offs=ends)
+    ends = ends[:-1].tolist()
+    if b.dim() == 3:
+        return torch.cat([part @ matrix for part, matrix in zip(a.tensor_split(ends), b)])
+    return torch.stack([part.mT @ other for part, other in zip(a.tensor_split(ends), b.tensor_split(ends))])
+
+
+@grouped_mm.register_fake
+def _(a, b, ends):
+    return a.new_empty((len(a), b.shape[2]) if b.dim() == 3 else (len(ends), a.shape[1], b.shape[1]))
+
+
+def _grouped_mm_backward(ctx, grad):
+    a, b, ends = ctx.saved_tensors
+    return grouped_mm(grad, b.mT, ends), grouped_mm(a, grad, ends), None
+
+
+grouped_mm.register_autograd(_grouped_mm_backward,
+                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 def routed_linear(x, weight, index):
     """Eq. 2: y_i = x_i W_{index_i}. Each token meets its own projector only: T d e multiply-accumulates for any n.
 
-    Tokens are sorted by projector, so that every projector sees one contiguous slice, and sorted back.
+    Tokens are sorted by projector, so that every projector sees one contiguous group, and sorted back.
 
     x: (T, d); weight: (n, d, e); index: (T,) in 0..n-1. Returns (T, e), in autocast's dtype under autocast.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    x, weight = x.to(dtype), weight.to(dtype)
     order = index.argsort(stable=True)
-    ends = torch.searchsorted(index[order], torch.arange(weight.shape[0], device=index.device), right=True)
-    x = x.index_select(0, order)
-    # What PyTorch documents of grouped_mm: rows of whole 16-byte units; on CUDA bfloat16 from Ampere on; no float64, no
-    # MPS. Elsewhere it is one product per slice.
-    documented = (dtype != torch.float64 if kind == "cpu" else
-                  kind == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0))
-    if documented and weight.shape[1] % 8 == weight.shape[2] % 8 == 0:
-        y = F.grouped_mm(x, weight, offs=ends.int())
-    else:
-        y = torch.cat([part @ w for part, w in zip(x.tensor_split(ends[:-1].cpu()), weight)])
+    ends = torch.searchsorted(index[order], torch.arange(len(weight), device=index.device), right=True, out_int32=True)
+    y = grouped_mm(x.to(dtype).index_select(0, order), weight.to(dtype), ends)
     return y.index_select(0, order.argsort())
 
 
@@ -303,7 +327,13 @@ class TokenDifferential(nn.Module):
         else:
             out = map_differential(q, q_red, k, k_red, v, lambda_q)
         if self.normalizer == "mass":
-            out = out / attention_mass(q, k)
+            mass = attention_mass(q, k)
+            # A query that is nearly zero while its redundancy is not would be divided by nearly nothing. So the mass
+            # counts as a tenth, at least, of what it were with the redundancy added: |out| is at most 10 max |v|.
+            with torch.no_grad():
+                total = (attention_mass(q + lambda_q.abs() * q_red, k + lambda_k.abs() * k_red)
+                         if self.paradigm == "token" else mass + lambda_q.abs() * attention_mass(q_red, k_red))
+            out = out / torch.maximum(mass, total / 10)
         elif self.normalizer == "length":
             out = out / q.shape[-2]
         elif self.normalizer == "rms":
@@ -860,7 +890,7 @@ def count_macs(model, image_size=None):
              "attention products": tokens * products, "normalizer": 0 if differential else tokens * 2 * d,
              "DWC": tokens * 15 * d * cfg.dwc, "feed-forward": tokens * (12 * d * d + 72 * d)}
     honest = {**paper, "Q', K' projectors": tokens * 2 * d * d * differential, "routers": tokens * routers,
-              "normalizer": tokens * 2 * d * mass, "DWC": tokens * 9 * d * cfg.dwc}
+              "normalizer": tokens * 2 * d * mass * (1 + differential), "DWC": tokens * 9 * d * cfg.dwc}
     return {"paper": paper, "honest": honest}
 
 

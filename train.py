@@ -804,6 +804,10 @@ def main():
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of GPU memory; train with a larger --accumulate, sample with a smaller --batch-size")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("torch._inductor"):
+            raise
+        sys.exit(f"train.py: --compile: {str(error).splitlines()[0]:.90}; install a C++ compiler, or leave the flag away")
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'file'}: {error.strerror or error}; check the path, its permissions and "
                  "the free space")

@@ -250,9 +250,9 @@ def test_gflops_of_the_papers_tables(name, overrides, printed):
     assert sum(count_macs(model)["paper"].values()) / 1e9 == pytest.approx(printed, rel=0.005)
 
 
-@register_flop_formula(torch.ops.aten._grouped_mm)
+@register_flop_formula(torch.ops.dydilit.grouped_mm)
 def grouped_mm_flops(a, b, *args, **kwargs):
-    return 2 * a[0] * a[1] * b[2]
+    return 2 * a[0] * a[1] * b[-1]
 
 
 @pytest.mark.parametrize("name, overrides", [("DiT-S/2", {}), ("Sana-S/2", {}), ("DyDi-LiT-S/2", {}),
