@@ -722,11 +722,10 @@ def build_model(name, **overrides):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def respaced_timesteps(n_timesteps, steps):
-    """`steps` of the timesteps 0..n_timesteps-1, evenly spaced, both ends included (the first alone for one step)."""
+    """`steps` of the timesteps 0..n_timesteps-1, evenly spaced, both ends included (the last alone for one step)."""
     if not 1 <= steps <= n_timesteps:
         raise ValueError(f"sampling steps: {steps} is not in 1..{n_timesteps}")
-    stride = (n_timesteps - 1) / max(steps - 1, 1)
-    return [round(i * stride) for i in range(steps)]
+    return [round(i * (n_timesteps - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [n_timesteps - 1]
 
 
 def gaussian_kl(mean1, log_var1, mean2, log_var2):

@@ -162,7 +162,7 @@ def test_a_perfect_model_has_no_loss():
 def test_respacing_is_even_and_keeps_both_ends(steps):
     timesteps = dydilit.respaced_timesteps(1000, steps)
     assert len(timesteps) == steps == len(set(timesteps)) and timesteps == sorted(timesteps)
-    assert timesteps[0] == 0 and (timesteps[-1] == 999 or steps == 1)
+    assert timesteps[-1] == 999 and (timesteps[0] == 0 or steps == 1)
     gaps = {b - a for a, b in zip(timesteps, timesteps[1:])}
     assert not gaps or max(gaps) - min(gaps) <= 1
 

@@ -20,11 +20,13 @@ def seed():
 
 
 def randomized(model):
-    """AdaLN-Zero starts as the identity: random weights make every part speak."""
+    """AdaLN-Zero starts as the identity, and banks with equal entries: random weights make every part speak."""
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             if p.requires_grad and p.dim() > 1:
                 p.normal_(std=0.2)
+            elif name.endswith(("gammas", "lambdas")):
+                p.mul_(1 + torch.rand_like(p))
     return model.eval()
 
 
@@ -239,6 +241,29 @@ def test_unknown_model_and_wrong_input_are_named():
     model = build_model("DyDi-LiT-XS/4")
     with pytest.raises(ValueError, match=r"shape \(3, 16, 16\), the model was built for \(3, 32, 32\)"):
         model(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name, overrides, precision", [
+    ("DiT-S/2", dict(n_heads=4), torch.float32), ("Sana-S/2", {}, torch.float32), ("DyDi-LiT-S/2", {}, torch.float32),
+    ("DyDi-LiT-S/2", {}, torch.bfloat16), ("DyDi-LiT-S/2", dict(differential="map", n_heads=4), torch.float32),
+    ("DyDi-LiT-S/2", dict(dim=36), torch.float32)])         # 36: too odd for PyTorch's grouped product
+def test_compiles_to_one_graph_with_the_same_outputs_and_gradients(name, overrides, precision):
+    """torch.compile up to the code that it would generate."""
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+    model = randomized(build_model(name, **{**TINY, "depth": 1, **overrides}))
+    torch._dynamo.reset()
+    batch, parameters = inputs(model), [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        outputs = [f(*batch) for f in (model, torch.compile(model, backend=backend))]
+    assert len(graphs) == 1
+    torch.testing.assert_close(*outputs)
+    for got, want in zip(*(torch.autograd.grad(out.float().square().mean(), parameters) for out in outputs)):
+        rounding = 1e-4 if precision == torch.float32 else 4 * torch.finfo(precision).eps
+        assert (got - want).abs().max() <= rounding * want.abs().max()
 
 
 # ---- cost ----

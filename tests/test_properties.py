@@ -1,0 +1,270 @@
+"""What holds of every public function and module at any shape, number of heads, bank size and dtype, drawn at random."""
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dydilit
+from dydilit import GaussianDiffusion, ModelConfig
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+many = pytest.mark.parametrize("seed", range(12))
+
+
+class Draw(random.Random):
+    """One random case: sizes, and tensors of them."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        torch.manual_seed(seed)
+        self.heads, self.batch, self.side = self.randint(1, 4), self.randint(1, 3), self.choice([1, 2, 3, 5, 8])
+        self.n, self.dim = self.side ** 2, 4 * self.heads * self.randint(1, 3)
+        self.banks = dict(n_projectors=self.randint(1, 5), n_gammas=self.randint(1, 6), n_lambdas=self.randint(1, 6))
+        self.dtype = DTYPES[seed % 3]
+        self.close = dict(zip(DTYPES, [dict(rtol=1e-9, atol=1e-9), dict(rtol=1e-4, atol=1e-5),
+                                       dict(rtol=0.05, atol=0.05)]))[self.dtype]
+
+    def tokens(self, dim=None, dtype=None):
+        return torch.randn(self.batch, self.n, dim or self.dim, dtype=dtype or self.dtype)
+
+    def config(self, **fields):
+        return ModelConfig(**{**dict(dim=self.dim, n_heads=self.heads, depth=self.randint(1, 2)), **self.banks, **fields})
+
+    def attention(self):
+        """Any attention module of the ladder, in float32 or float64."""
+        fields = dict(self.choice(dydilit.LADDER)[1])
+        if "differential" not in fields:
+            fields.update(differential=self.choice(["token", "map"]), normalizer=self.choice(["none", "length", "rms", "mass"]))
+        return dydilit.DyDiLA(self.config(**fields)).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+
+def at_least_float32(dtype):
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+# ---- functions ----
+
+@many
+def test_linear_attention_averages_the_values_in_any_order_of_the_keys(seed):
+    draw = Draw(seed)
+    q, k, v = draw.tokens().abs(), draw.tokens().abs(), draw.tokens(draw.randint(1, 9))
+    out, order = dydilit.linear_attention(q, k, v), torch.randperm(draw.n)
+    assert out.shape == v.shape and out.dtype == at_least_float32(draw.dtype)
+    slack = 1e-4 * v.abs().max()
+    assert (out <= v.amax(1, keepdim=True) + slack).all() and (out >= v.amin(1, keepdim=True) - slack).all()
+    torch.testing.assert_close(dydilit.linear_attention(q, k[:, order], v[:, order]), out, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(dydilit.linear_attention(q[:, order], k, v), out[:, order], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(dydilit.linear_attention(4 * q, k, v), out, rtol=1e-3, atol=1e-4)
+    assert (dydilit.attention_mass(q, k) > 0).all()
+
+
+@many
+def test_softmax_attention_averages_the_values(seed):
+    draw = Draw(seed)
+    q, k, v = draw.tokens(), draw.tokens(), draw.tokens()
+    out = dydilit.softmax_attention(q, k, v)
+    assert out.shape == v.shape and out.dtype == draw.dtype
+    torch.testing.assert_close(dydilit.softmax_attention(q, k, torch.ones_like(v)), torch.ones_like(v), **draw.close)
+
+
+@many
+def test_differentials_are_linear_and_vanish_with_lambda(seed):
+    draw = Draw(seed)
+    q, q_red, k, k_red, v = (draw.tokens(dtype=torch.float64) for _ in range(5))
+    one, other = (torch.rand(draw.batch, draw.n, 1, dtype=torch.float64) for _ in range(2))
+    plain = dydilit.attention_product(q, k, v)
+    torch.testing.assert_close(dydilit.token_differential(q, q_red, k, k_red, v, 0.0, 0.0), plain)
+    torch.testing.assert_close(dydilit.map_differential(q, q_red, k, k_red, v, 0.0), plain)
+    twice = dydilit.token_differential(q, q_red, k, k_red, 2 * v, one, other)
+    torch.testing.assert_close(twice, 2 * dydilit.token_differential(q, q_red, k, k_red, v, one, other))
+    token = dydilit.token_differential(q, q_red, k, k_red, v, one, 0.0)     # with lambda_k = 0 and K' = K they are the same
+    torch.testing.assert_close(token, dydilit.map_differential(q, q_red, k, k, v, one))
+
+
+@many
+def test_focused_kernel_sharpens_and_keeps_norm_order_and_scale(seed):
+    draw = Draw(seed)
+    z, gamma = draw.tokens(), 1 + 4 * torch.rand(draw.batch, draw.n, 1)
+    out, relu = dydilit.focused_kernel(z, gamma), F.relu(z).to(at_least_float32(draw.dtype))
+    assert out.shape == z.shape and out.dtype == relu.dtype and (out >= 0).all()
+    torch.testing.assert_close(out.norm(dim=-1), relu.norm(dim=-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dydilit.focused_kernel(z, 1.0), relu, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dydilit.focused_kernel(4 * z, gamma), 4 * out, rtol=1e-5, atol=1e-6)
+    assert (out.amax(-1) >= relu.amax(-1) * (1 - 1e-5)).all()               # gamma >= 1: the largest entry grows
+    assert (out.gather(-1, z.argsort(dim=-1)).diff(dim=-1) >= -1e-6).all()  # and the order stays
+
+
+@many
+def test_routed_linear_is_a_loop_over_tokens(seed):
+    draw = Draw(seed)
+    n, out_dim, count = draw.banks["n_projectors"], draw.randint(1, 20), draw.batch * draw.n
+    x, index = torch.randn(count, draw.dim, dtype=draw.dtype), torch.randint(n, (count,))
+    weight = torch.randn(n, draw.dim, out_dim, dtype=draw.dtype) / draw.dim
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    y = dydilit.routed_linear(x.requires_grad_(), weight.requires_grad_(), index)
+    want = torch.stack([exact[0][i] @ exact[1][u] for i, u in enumerate(index)])
+    assert y.dtype == draw.dtype
+    torch.testing.assert_close(y.double(), want, **draw.close)
+    upstream = torch.randn_like(y)
+    for got, expected in zip(torch.autograd.grad(y, (x, weight), upstream),
+                             torch.autograd.grad(want, exact, upstream.double())):
+        torch.testing.assert_close(got.double(), expected, **draw.close)
+
+
+@many
+def test_heads_split_and_merge(seed):
+    draw = Draw(seed)
+    x = draw.tokens()
+    heads = dydilit.split_heads(x, draw.heads)
+    assert heads.shape == (draw.batch, draw.heads, draw.n, draw.dim // draw.heads)
+    assert torch.equal(dydilit.merge_heads(heads), x)
+
+
+@many
+def test_depthwise_moves_with_the_picture(seed):
+    """Shift the picture by one column: but for the border, the outputs shift, too."""
+    draw = Draw(seed)
+    x, dwc = draw.tokens(dtype=torch.float64), dydilit.ReparamDWConv(draw.dim).double()
+    grid = x.unflatten(1, (draw.side, draw.side))
+    out, moved = (dwc(g.flatten(1, 2)).view_as(grid) for g in (grid, grid.roll(1, 2)))
+    torch.testing.assert_close(moved[:, :, 2:-1], out.roll(1, 2)[:, :, 2:-1])
+    torch.testing.assert_close(dydilit.depthwise(x, dwc.kernel()), out.flatten(1, 2))
+    dwc.fuse()
+    torch.testing.assert_close(dwc(x), out.flatten(1, 2))
+
+
+# ---- modules ----
+
+@many
+def test_routers_choose_one_and_no_scale_changes_it(seed):
+    draw = Draw(seed)
+    n = draw.randint(1, 7)
+    router, x = dydilit.Router(draw.dim, n).to(at_least_float32(draw.dtype)), draw.tokens().requires_grad_()
+    index, choice = router(x)
+    assert torch.equal(choice, F.one_hot(index, n).to(choice.dtype)) and torch.equal(router(8 * x)[0], index)
+    choice.square().sum().backward()
+    assert x.grad.isfinite().all() and (n > 1 or not router.weight.grad.any())
+
+
+@many
+def test_attention_modules_treat_images_alone_and_tokens_alike(seed):
+    draw = Draw(seed)
+    attn = draw.attention()
+    x = draw.tokens(dtype=attn.proj.weight.dtype).requires_grad_()
+    out = attn(x)
+    assert out.shape == x.shape and out.dtype == x.dtype
+    close = draw.close if draw.dtype != torch.bfloat16 else dict(rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat([attn(image[None]) for image in x]), out, **close)
+    out.square().sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in attn.parameters())
+    attn.dwc = None                             # the only part that knows where a token lies
+    order = torch.randperm(draw.n)
+    torch.testing.assert_close(attn(x[:, order]), attn(x)[:, order], **close)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attn.float()(x.float()).isfinite().all()
+
+
+@many
+def test_measure_kernel_and_projection_route_every_token_by_itself(seed):
+    draw = Draw(seed)
+    sets, x = draw.randint(1, 4), draw.tokens(dtype=torch.float32)
+    kernel = dydilit.DynamicMeasureKernel(draw.dim, draw.banks["n_gammas"], sets)
+    torch.nn.init.uniform_(kernel.gammas, 0.5, 5)
+    projection = dydilit.DynamicProjection(draw.dim, draw.banks["n_projectors"])
+    for module, inputs, outputs in [(kernel, [x] * sets, sets), (projection, [x], 2)]:
+        out, first = module(*inputs), module(*(t[:, :1] for t in inputs))
+        assert len(out) == outputs and all(t.shape == x.shape for t in out)
+        for whole, part in zip(out, first):
+            torch.testing.assert_close(whole[:, :1], part, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError):
+        kernel(*[x] * (sets + 1))
+
+
+@many
+def test_models_of_any_configuration(seed):
+    """Shapes, images independent of their batch, guidance, fusing, the count of operations, and a way through a file."""
+    draw = Draw(seed)
+    patch, channels = draw.randint(1, 4), draw.randint(1, 4)
+    fields = dict(dim=draw.dim, n_heads=draw.heads, depth=draw.randint(1, 3), patch_size=patch, in_channels=channels,
+                  image_size=patch * draw.side, vae_factor=1, n_classes=draw.randint(1, 5))
+    if seed % 4 == 0:
+        fields.update(attention="softmax")
+    model = dydilit.DyDiLiT(draw.config(**fields)).double().eval()
+    for p in model.parameters():
+        if p.requires_grad and p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    side, c = patch * draw.side, channels
+    x, t = torch.randn(draw.batch, c, side, side, dtype=torch.float64), torch.randint(1000, (draw.batch,))
+    y = torch.randint(fields["n_classes"], (draw.batch,))
+    with torch.no_grad():
+        out = model(x, t, y)
+        assert out.shape == (draw.batch, 2 * c, side, side) and out.isfinite().all()
+        for i in range(draw.batch):
+            torch.testing.assert_close(model(x[i:i + 1], t[i:i + 1], y[i:i + 1]), out[i:i + 1])
+        torch.testing.assert_close(model.forward_with_cfg(x, t, y, 1 + 1e-9), out, rtol=1e-6, atol=1e-6)
+        twin = dydilit.DyDiLiT(model.cfg).double().eval()
+        twin.load_state_dict(model.state_dict())
+        torch.testing.assert_close(twin.fuse()(x, t, y), out)
+        assert model.float()(x.float(), t, y).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x.float(), t, y).isfinite().all()
+    counts = dydilit.count_macs(model)
+    assert all(value >= 0 for parts in counts.values() for value in parts.values())
+    assert sum(counts["honest"].values()) > 0 and set(counts["honest"]) == set(counts["paper"])
+
+
+@many
+def test_embedders_keep_patches_steps_and_classes_apart(seed):
+    draw = Draw(seed)
+    cfg = draw.config(image_size=8 * draw.side, vae_factor=1, patch_size=8, in_channels=3, n_classes=draw.randint(2, 9))
+    patches, x = dydilit.PatchEmbed(cfg), torch.randn(1, 3, cfg.image_size, cfg.image_size, requires_grad=True)
+    token = draw.randrange(draw.n)
+    patches(x)[0, token].sum().backward()
+    row, column = divmod(token, draw.side)
+    assert x.grad[0, 0].nonzero().amin(0).tolist() == [8 * row, 8 * column] and (x.grad != 0).sum() == 3 * 64
+    assert len(dydilit.TimestepEmbedder(draw.dim)(torch.arange(1000)).unique(dim=0)) == 1000
+    assert len(dydilit.LabelEmbedder(cfg).eval()(torch.arange(cfg.n_classes + 1)).unique(dim=0)) == cfg.n_classes + 1
+    assert len(dydilit.position_embedding(draw.dim, draw.side)[0].unique(dim=0)) == draw.n
+    x, c = torch.randn(2, draw.n, draw.dim), torch.randn(2, draw.dim)
+    assert dydilit.FinalLayer(cfg)(x, c).shape == (2, draw.n, 8 * 8 * 6)
+    torch.testing.assert_close(dydilit.modulate(x, c, c), x + x * c[:, None] + c[:, None])
+    for module in (dydilit.Mlp(draw.dim), dydilit.MixFFN(draw.dim), dydilit.SoftmaxAttention(draw.dim, draw.heads)):
+        torch.testing.assert_close(torch.cat([module(image[None]) for image in x]), module(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- diffusion ----
+
+@many
+def test_diffusion_of_any_shape_and_length(seed):
+    draw = Draw(seed)
+    length, shape = draw.choice([2, 10, 1000]), (draw.batch, draw.randint(1, 4), draw.side, draw.side)
+    diffusion = GaussianDiffusion(torch.linspace(1e-3, 0.2, length, dtype=torch.float64))
+    x0, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(length, (draw.batch,))
+    x_t = diffusion.q_sample(x0, t, noise)
+    if length < 1000:                           # at the end of a long one nothing of the image is left
+        torch.testing.assert_close(diffusion.predict_x0(x_t, t, noise), x0, rtol=1e-3, atol=1e-3)
+
+    def model(x, t, *_):
+        return torch.cat([0.1 * x, torch.zeros_like(x)], dim=1)
+    losses = diffusion.losses(model, x0.clamp(-1, 1), torch.zeros(draw.batch), t, noise)
+    assert all(v.shape == (draw.batch,) and v.isfinite().all() for v in losses.values()) and (losses["simple"] >= 0).all()
+    torch.testing.assert_close(losses["loss"], losses["simple"] + losses["variational"])
+    for sampler, steps in itertools.product(["ddpm", "ddim"], {1, 2, length}):
+        if steps <= 50:
+            one, other = (diffusion.sample(model, noise, steps, sampler, True, torch.Generator().manual_seed(0), False)
+                          for _ in range(2))
+            assert one.shape == shape and one.isfinite().all() and torch.equal(one, other)
+    steps = draw.randint(1, length)
+    spaced = dydilit.respaced_timesteps(length, steps)
+    assert len(set(spaced)) == steps and spaced == sorted(spaced) and spaced[-1] == length - 1
+
+
+@many
+def test_divergence_and_likelihood_have_their_signs(seed):
+    draw = Draw(seed)
+    a, b, c, d = (draw.tokens(dtype=torch.float64) for _ in range(4))
+    assert (dydilit.gaussian_kl(a, b, c, d) >= 0).all() and (dydilit.gaussian_kl(a, b, a, b) == 0).all()
+    x = torch.randint(256, a.shape) / 127.5 - 1
+    assert (dydilit.discretized_gaussian_log_likelihood(x, a, b) <= 0).all()
