@@ -264,7 +264,7 @@ class DynamicMeasureKernel(nn.Module):
 
     def __init__(self, dim, n_gammas, n_sets, gamma_init=3.0):
         super().__init__()
-        self.gammas = nn.Parameter(torch.full((n_gammas,), gamma_init))
+        self.gammas = nn.Parameter(torch.full((n_gammas,), float(gamma_init)))
         self.routers = nn.ModuleList(Router(dim, n_gammas) for _ in range(n_sets))
 
     def forward(self, *sets):
@@ -312,7 +312,7 @@ class TokenDifferential(nn.Module):
     def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token", normalizer="mass"):
         super().__init__()
         self.paradigm, self.normalizer = paradigm, normalizer
-        self.lambdas = nn.Parameter(torch.full((n_lambdas,), lambda_init))
+        self.lambdas = nn.Parameter(torch.full((n_lambdas,), float(lambda_init)))
         self.router_q = Router(2 * dim, n_lambdas)
         self.router_k = Router(2 * dim, n_lambdas) if paradigm == "token" else None
 
@@ -429,14 +429,23 @@ class ModelConfig:
         return self.image_size // self.vae_factor
 
     def __post_init__(self):
+        def need(name, good, what):
+            if not good:
+                raise ValueError(f"ModelConfig: {name}={getattr(self, name)!r} is not {what}")
         choices = dict(attention=("softmax", "linear"), kernel=("relu", "focused", "dynamic"),
                        differential=("none", "token", "map"), normalizer=("none", "length", "rms", "mass"))
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"ModelConfig: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for field in dataclasses.fields(self):
-            if field.type is int and not (type(getattr(self, field.name)) is int and getattr(self, field.name) > 0):
-                raise ValueError(f"ModelConfig: {field.name}={getattr(self, field.name)!r} is not a positive integer")
+            name, value = field.name, getattr(self, field.name)
+            if field.type is str:
+                need(name, value in choices[name], f"one of {', '.join(choices[name])}")
+            elif field.type is bool:
+                need(name, type(value) is bool, "true or false")
+            elif field.type is int:
+                need(name, type(value) is int and value > 0, "a positive integer")
+        need("gamma_init", type(self.gamma_init) in (int, float) and 0 < self.gamma_init < 1e6, "a positive number")
+        need("label_dropout", type(self.label_dropout) in (int, float) and 0 <= self.label_dropout <= 1, "in 0..1")
+        need("lambda_init", type(self.lambda_init) in (list, tuple) and len(self.lambda_init) == 2
+             and all(type(x) in (int, float) and abs(x) < 1e6 for x in self.lambda_init), "two numbers")
         if self.image_size % (self.vae_factor * self.patch_size):
             raise ValueError(f"ModelConfig: image_size {self.image_size} is not a multiple of vae_factor x patch_size "
                              f"= {self.vae_factor} x {self.patch_size}")

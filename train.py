@@ -61,10 +61,18 @@ class Parser(argparse.ArgumentParser):
         raise Problem(f"{message}; {self.prog} --help lists what there is")
 
 
-def positive(text):
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+def number(kind, low, high):
+    """A type for argparse: an int or a float between two bounds."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive = number(int, 1, 2 ** 31)
+amount = number(float, 0, 1e6)
 
 
 def arguments(argv):
@@ -84,14 +92,14 @@ def arguments(argv):
     for add, size in ((train.add_argument, 32), (encode.add_argument, 256), (reference.add_argument, 32)):
         add("--image-size", type=positive, default=size, help="side to which a folder's images are cropped, in pixels")
     for add in (train.add_argument, encode.add_argument, sample.add_argument, reference.add_argument):
-        add("--seed", type=int, default=0, help="of everything random")
+        add("--seed", type=number(int, 0, 2 ** 31), default=0, help="of everything random")
 
     add = train.add_argument
     add("--model", default=SMALL_MODEL, help=f"one of {', '.join(dydilit.MODELS)}")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of dydilit.ModelConfig: --set n_heads=4")
     add("--run", help="folder of the run; default: runs/ and the data's name (torchrun wants -- before train.py then)")
     for name, (small, paper, text) in KNOBS.items():
-        kind = positive if isinstance(paper, int) else float
+        kind = positive if isinstance(paper, int) else amount
         add("--" + name.replace("_", "-"), type=kind, help=f"{text}; default: {small:g} ({SMALL_MODEL}), {paper:g}")
     add("--accumulate", type=positive, default=1, help="micro-batches per step, if a whole batch exceeds the memory")
     add("--no-flip", action="store_true", help="no horizontal flips (where left and right differ: text)")
@@ -106,7 +114,7 @@ def arguments(argv):
     add("--num", type=positive, help="write so many samples, evenly over the classes, in ADM's evaluator layout")
     add("--classes", help="comma-separated class names or numbers; default: ten for a grid, all for --num")
     add("--steps", type=positive, help="denoising steps; default: as in the run's grids")
-    add("--cfg", type=float, help="guidance scale; default: as in the run's grids")
+    add("--cfg", type=amount, help="guidance scale; default: as in the run's grids")
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ancestral or deterministic")
     add("--raw-weights", action="store_true", help="the trained weights themselves, not their moving average")
     add("--batch-size", type=positive, default=100, help="images per pass")
@@ -188,6 +196,10 @@ def load_checkpoint(path, device):
         state = torch.load(path, map_location=device, weights_only=True)
         if state["format"] != "dydilit":
             raise KeyError("format")
+        with torch.device("meta"):                          # do the parts fit together? It takes no memory
+            for weights in ("weights", "ema"):              # a dict() of them, for assign=True leaves a mark in its input
+                dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).load_state_dict(dict(state[weights]), assign=True)
+        _ = [state[name] for name in ("step", "window", "identity", "knobs", "optimizer")], state["data"]["names"]
         return state
     except Exception as error:                              # the errors of pickle and zip are many
         raise Problem(f"{path}: not a dydilit checkpoint, or a damaged one ({type(error).__name__}); move it away, or "
@@ -411,7 +423,9 @@ def latents(root):
         about = json.loads((root / "latents.json").read_text())
         images, labels = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
         data = Data(images, labels, about["names"], about["image_size"], vae=about["vae"])
-        if images.ndim != 5 or images.shape[:2] != (len(labels), 2) or labels.max() >= len(data.names):
+        if (images.ndim != 5 or images.shape[:2] != (len(labels), 2) or images.shape[3] != images.shape[4]
+                or data.image_size % images.shape[4] or labels.ndim != 1 or labels.dtype.kind != "i"
+                or not 0 <= labels.min() <= labels.max() < len(data.names)):
             raise ValueError("their parts do not fit together")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem(f"{root}: damaged latents ({error}); encode again into another folder") from None
@@ -440,6 +454,8 @@ def reference(args):
         raise Problem(f"--data {args.data}: latents are not images; give the folder that was encoded, with the same "
                       "--classes, --seed and --image-size")
     built_in = args.data in ("shapes", "cifar10")
+    if built_in and args.classes:
+        raise Problem(f"--classes {args.classes}: only a folder's classes can be picked; leave it away")
     if built_in:
         data = load_data(args)
         source, labels = data.images, data.labels
@@ -636,8 +652,9 @@ def train(args):
     if args.batch_size % (world * args.accumulate):
         raise Problem(f"--batch-size {args.batch_size}: not a multiple of {world} processes x --accumulate "
                       f"{args.accumulate}")
-    if not (args.lr > 0 and 0 <= args.ema < 1):
-        raise Problem(f"--lr {args.lr:g}, --ema {args.ema:g}: the first must be positive, the second in [0, 1)")
+    if not (args.lr > 0 and args.ema < 1 and args.cooldown <= 1):
+        raise Problem(f"--lr {args.lr:g}, --ema {args.ema:g}, --cooldown {args.cooldown:g}: the first must be positive, the "
+                      "second in [0, 1), the third in [0, 1]")
     device, main = pick_device(), rank == 0
     run = pathlib.Path(args.run or pathlib.Path("runs") / pathlib.Path(args.data).resolve().name)
     if world > 1:
@@ -663,7 +680,10 @@ def fit(args, data, run, device, rank, world):
     """train's work, in a folder that is its own."""
     main, local, checkpoint = rank == 0, args.batch_size // world, run / "checkpoint.pt"
     torch.manual_seed(args.seed)
-    model = dydilit.build_model(args.model, **{**data.model_shape(), **overrides(args.set)}).to(device)
+    given, changed = data.model_shape(), overrides(args.set)
+    for name in given.keys() & changed.keys():
+        raise Problem(f"--set {name}={changed[name]}: the data decide this, they have {given[name]}; leave it away")
+    model = dydilit.build_model(args.model, **given, **changed).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
     diffusion = dydilit.GaussianDiffusion().to(device)
@@ -721,8 +741,12 @@ def fit(args, data, run, device, rank, world):
             save()                                          # from here on the folder is this run's
         write(run / "config.json", json.dumps(dict(knobs, model_config=dataclasses.asdict(model.cfg)), indent=1))
         if (run / "log.csv").exists():
-            with open(run / "log.csv", newline="") as file:
-                log = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            try:
+                with open(run / "log.csv", newline="") as file:
+                    log = [row for row in csv.DictReader(file) if [float(value) for value in row.values()]]
+                log = [row for row in log if int(row["step"]) <= step]
+            except (ValueError, TypeError, KeyError):
+                raise Problem(f"{run / 'log.csv'}: damaged; move it away, and the same command goes on") from None
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(parallel) if args.compile else parallel
     stop = []
@@ -779,6 +803,8 @@ def fit(args, data, run, device, rank, world):
             rate = bar.format_dict["rate"] or 0
             bar.set_postfix_str(f"loss {loss:.4f}, {rate * args.batch_size:.0f} images/s")
             window.zero_()
+        if main and step % args.sample_every == 0 and step < args.steps:
+            grid(run / f"samples-{step:07d}.png")           # before the checkpoint, after which it would not be made up for
         if step % args.save_every == 0 or step == args.steps or totals[4] > 0:
             save()
         if totals[4] > 0:
@@ -786,8 +812,6 @@ def fit(args, data, run, device, rank, world):
             if main:
                 print(f"{checkpoint}: saved at step {step}; the same command goes on from here")
             sys.exit(130)
-        if main and step % args.sample_every == 0 and step < args.steps:
-            grid(run / f"samples-{step:07d}.png")
     bar.close()
     if main:
         save_curve(run / "loss.png", log)
@@ -802,8 +826,9 @@ def main():
         {"train": train, "encode": encode, "sample": sample, "reference": reference}[args.command](args)
     except (Problem, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory; train with a larger --accumulate, sample with a smaller --batch-size")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("train.py: out of memory; train with a larger --accumulate, sample with a smaller --batch-size, or take "
+                 "fewer or smaller images")
     except RuntimeError as error:
         if not type(error).__module__.startswith("torch._inductor"):
             raise

@@ -1,5 +1,6 @@
 """train.py as its user meets it: data in, runs, stops and resumes, samples, and what bad input is told."""
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -497,8 +498,48 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def checkpoint(folder, change):
+    """A checkpoint of a tiny model, with something changed."""
+    model = dydilit.build_model("DyDi-LiT-XS/4", dim=16, depth=1)
+    state = dict(format="dydilit", step=0, window=torch.zeros(5), identity={}, knobs={}, optimizer={}, data=dict(names="ab"),
+                 model=dataclasses.asdict(model.cfg), weights=model.state_dict(), ema=model.state_dict())
+    folder.mkdir()
+    torch.save(change(state) or state, folder / "checkpoint.pt")
+
+
+def latent_files(folder, images=np.zeros((16, 2, 4, 4, 4), np.float16), labels=np.arange(16) % 2, **about):
+    folder.mkdir()
+    np.save(folder / "latents.npy", images)
+    np.save(folder / "labels.npy", labels)
+    (folder / "latents.json").write_text(json.dumps({**dict(names=["a", "b"], image_size=32, vae="v", done=16), **about}))
+
+
 def bad_places(tmp_path):
     """Every foul thing that the table below names."""
+    checkpoint(tmp_path / "evil", lambda s: s.update(x=Evil()))
+    checkpoint(tmp_path / "future", lambda s: s["model"].update(telepathy=True))
+    checkpoint(tmp_path / "misfit", lambda s: s["model"].update(dim=24))
+    checkpoint(tmp_path / "no-ema", lambda s: s.pop("ema") and None)
+    checkpoint(tmp_path / "no-names", lambda s: s["data"].clear())
+    checkpoint(tmp_path / "list", lambda s: [1, 2])
+    latent_files(tmp_path / "evil-latents", np.array([Evil()] * 16))
+    latent_files(tmp_path / "evil-labels", labels=np.array([Evil()] * 16))
+    latent_files(tmp_path / "negative", labels=-np.ones(16, int))
+    latent_files(tmp_path / "fractions", labels=np.arange(16) / 16)
+    latent_files(tmp_path / "oblong", np.zeros((16, 2, 4, 4, 5), np.float16))
+    latent_files(tmp_path / "wordy", image_size="large")
+    latent_files(tmp_path / "unfinished", done=9)
+    latent_files(tmp_path / "cut-latents")
+    truncated(tmp_path / "cut-latents" / "latents.npy")
+    (image_tree(tmp_path / "folder") / "cat" / "x.png").mkdir()
+    (image_tree(tmp_path / "dangling") / "cat" / "x.png").symlink_to(tmp_path / "nowhere")
     cifar_files(tmp_path / "short-cifar")
     truncated(tmp_path / "short-cifar" / "data_batch_3.bin")
     (cifar_files(tmp_path / "half-cifar") / "data_batch_5.bin").unlink()
@@ -533,11 +574,29 @@ BAD = [
     (["--data", "hollow"], "bird: no images in this class folder"),
     (["--data", "broken"], "3.png: unreadable image .*; replace or remove it"),
     (["--data", "cut"], "2.png: unreadable image"),
+    (["--data", "folder"], "x.png: unreadable image"),
+    (["--data", "dangling"], "x.png: unreadable image"),
+    (["--data", "pets", "--image-size", "3000000"], "out of memory; .*fewer or smaller images"),
     (["--data", "rotten"], "rotten: damaged latents"),
+    (["--data", "evil-latents"], "evil-latents: damaged latents"),
+    (["--data", "evil-labels"], "evil-labels: damaged latents"),
+    (["--data", "negative"], "negative: damaged latents .their parts do not fit together"),
+    (["--data", "fractions"], "fractions: damaged latents"),
+    (["--data", "oblong"], "oblong: damaged latents"),
+    (["--data", "wordy"], "wordy: damaged latents"),
+    (["--data", "cut-latents"], "cut-latents: damaged latents"),
+    (["--data", "unfinished"], "only 9 of 16 images are encoded; run the encode command again"),
     (["--data", "pets", "--image-size", "30"], "image_size 30 is not a multiple of vae_factor x patch_size = 1 x 4"),
     (["--run", "alien"], "alien/checkpoint.pt: not a dydilit checkpoint"),
     (["--run", "pickle"], "pickle/checkpoint.pt: not a dydilit checkpoint"),
     (["--run", "foreign"], "foreign/checkpoint.pt: not a dydilit checkpoint"),
+    (["--run", "evil"], "evil/checkpoint.pt: not a dydilit checkpoint"),
+    (["sample", "--run", "evil"], "evil/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "future"], "future/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "misfit"], "misfit/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "no-ema"], "no-ema/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "no-names"], "no-names/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "list"], "list/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["--run", "mine"], "mine: not empty, and no checkpoint in it; choose another --run"),
     (["--run", "file"], "file: Not a directory|file: File exists"),
     (["--run", "/proc/nowhere"], "/proc/nowhere: .*; check the path"),
@@ -546,10 +605,19 @@ BAD = [
     (["--set", "dim"], "--set dim: give FIELD=VALUE"),
     (["--set", "dim=18"], "dim 18 must be a multiple of 4"),
     (["--set", "kernel=gauss"], "kernel='gauss' is not one of"),
-    (["--batch-size", "0"], "argument --batch-size: invalid positive value: '0'"),
-    (["--steps", "many"], "argument --steps: invalid positive value"),
+    (["--set", "dwc=maybe"], "dwc='maybe' is not true or false"),
+    (["--set", "gamma_init=-3"], "gamma_init=-3 is not a positive number"),
+    (["--set", "label_dropout=2"], "label_dropout=2 is not in 0..1"),
+    (["--set", "lambda_init=3"], "lambda_init=3 is not two numbers"),
+    (["--set", "image_size=64"], "--set image_size=64: the data decide this, they have 32; leave it away"),
+    (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--cooldown", "2"], "--cooldown 2: .* the third in .0, 1."),
+    (["--snr-cap", "nan"], "argument --snr-cap: nan is not in 0.."),
+    (["--seed", "-1"], "argument --seed: -1 is not in 0.."),
     (["--batch-size", "8", "--accumulate", "3"], "--batch-size 8: not a multiple of 1 processes x --accumulate 3"),
-    (["--lr", "-1"], "the first must be positive"),
+    (["--lr", "-1"], "argument --lr: -1 is not in 0.."),
+    (["--lr", "0"], "the first must be positive"),
     (["--ema", "1"], "the second in .0, 1."),
     (["--fast"], "unrecognized arguments: --fast"),
     (["sample", "--run", "nowhere"], "nowhere/checkpoint.pt: no such checkpoint; give --run"),
@@ -557,6 +625,7 @@ BAD = [
     (["reference", "--data", "pets", "--out", "ref.png"], "--out ref.png: give a name that ends in .npz"),
     (["reference", "--data", "pets", "--num", "99", "--out", "r.npz"], "--num 99: the data has 16 images"),
     (["reference", "--data", "pets", "--classes", "3", "--out", "r.npz"], "--classes 3: .* has 2 class folders; give 2..2"),
+    (["reference", "--data", "shapes", "--classes", "3", "--out", "r.npz"], "--classes 3: only a folder's classes"),
     (["encode", "--data", "nowhere", "--out", "l"], "--data nowhere: no such folder"),
     (["encode", "--data", "pets", "--out", "mine"], "mine: not empty; choose another --out"),
     (["paint"], "invalid choice: 'paint'"),
@@ -576,7 +645,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, tmp_path, capsys, argv, 
     with pytest.raises(SystemExit, match=message) as stop:
         cli(*argv, *batch, *tiny, *(["--steps", "1"] if tiny and "--steps" not in argv else []))
     assert str(stop.value).startswith("train.py: ") and "\n" not in str(stop.value)
-    assert {p: c for p, c in snapshot(tmp_path).items() if p in before} == before
+    assert {p: c for p, c in snapshot(tmp_path).items() if p in before} == before and not pathlib.Path("executed").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -591,10 +660,18 @@ def test_flags_that_contradict_the_checkpoint_are_named(cli, flags, message):
     assert snapshot(pathlib.Path("runs")) == before
 
 
+def test_a_damaged_log_is_named(cli):
+    cli(*TINY, "--steps", "1")
+    pathlib.Path("runs/shapes/log.csv").write_text("no,log\n1,2,3\n")
+    with pytest.raises(SystemExit, match="log.csv: damaged; move it away"):
+        cli(*TINY, "--steps", "2")
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--out", "x.npz"], "--out x.npz: with --num give a name that ends in .npz, without it one in .png"),
     (["--num", "4", "--out", "x.png"], "--out x.png: with --num"), (["--classes", "dragon"], "--classes dragon: this run knows"),
-    (["--classes", "10"], "--classes 10: this run knows 0..9"), (["--steps", "1001"], "1001 is not in 1..1000")])
+    (["--classes", "10"], "--classes 10: this run knows 0..9"), (["--steps", "1001"], "1001 is not in 1..1000"),
+    (["--cfg", "nan"], "argument --cfg: nan is not in 0..")])
 def test_bad_wishes_for_samples_are_named(run, argv, message):
     with pytest.raises(SystemExit, match=message):
         run("sample", "--run", "runs/shapes", *argv)
