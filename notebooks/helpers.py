@@ -4,12 +4,15 @@ import pathlib
 import statistics
 import sys
 import time
+import weakref
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib import cbook
 from matplotlib.patches import Rectangle
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
@@ -62,6 +65,34 @@ def median_ms(functions, repeats=7):
             if i:                           # the first round warms up
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors made within this context and still alive: now, and at the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):
+            self.known.add(storage)         # was there before, or was counted when it was made
+        out = operation(*args, **(kwargs or {}))
+        for storage in storages(out):
+            if storage not in self.known:   # neither a view nor an in-place result
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, nbytes):
+        self.now -= nbytes
+
+
+def storages(tree):
+    """The memory of all tensors in nested lists and dictionaries."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 
 def show_images(images, rows=None, columns=None, title=None, width=0.75, handle=None):

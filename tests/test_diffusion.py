@@ -165,6 +165,7 @@ def test_respacing_is_even_and_keeps_both_ends(steps):
     assert timesteps[-1] == 999 and (timesteps[0] == 0 or steps == 1)
     gaps = {b - a for a, b in zip(timesteps, timesteps[1:])}
     assert not gaps or max(gaps) - min(gaps) <= 1
+    assert dydilit.respaced_timesteps(11, 4) == [0, 3, 7, 10]           # rounded, not cut
 
 
 def test_respaced_process_has_the_same_marginals():
