@@ -5,7 +5,7 @@ for High-Quality Image Generation" (Cao et al.), and "Eq. n" and "Table n" are t
 
     attention         Eq. 3-4    softmax_attention, linear_attention
     routing           Eq. 1      Router
-    projection        Eq. 1-2    routed_linear, DynamicProjection
+    projection        Eq. 1-2    grouped_mm, routed_linear, DynamicProjection
     measure kernel    Eq. 5-6    focused_kernel, DynamicMeasureKernel
     differential      Eq. 7-8,10 token_differential, map_differential, TokenDifferential
     convolution       Eq. 9      ReparamDWConv
@@ -139,8 +139,8 @@ def _(a, b, ends):
 
 
 def _grouped_mm_backward(ctx, grad):
-    a, b, ends = ctx.saved_tensors
-    return grouped_mm(grad, b.mT, ends), grouped_mm(a, grad, ends), None
+    (a, b, ends), grad = ctx.saved_tensors, grad.contiguous()
+    return grouped_mm(grad, b.mT, ends) if b.dim() == 3 else grouped_mm(b, grad.mT, ends), grouped_mm(a, grad, ends), None
 
 
 grouped_mm.register_autograd(_grouped_mm_backward,
@@ -305,8 +305,9 @@ class TokenDifferential(nn.Module):
     its maps have one row per query, so the query router alone picks lambda_map.
 
     normalizer: Eq. 8 prints no denominator. "none" is Eq. 8 as printed; "length" divides by N; "rms" brings every
-    output token to root mean square 1; "mass" divides by the undifferenced sum Q (sum_j K_j)^T as Eq. 4 does. (The sum
-    over *differenced* tokens crosses zero and is not offered: notebook 04 shows it.)
+    output token to root mean square 1; "mass" divides by the undifferenced sum Q (sum_j K_j)^T as Eq. 4 does, or by a
+    tenth of that sum with the redundancy added, if it is larger. (The sum over *differenced* tokens crosses zero and is
+    not offered: notebook 04 shows it.)
     """
 
     def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token", normalizer="mass"):
@@ -329,7 +330,7 @@ class TokenDifferential(nn.Module):
         if self.normalizer == "mass":
             mass = attention_mass(q, k)
             # A query that is nearly zero while its redundancy is not would be divided by nearly nothing. So the mass
-            # counts as a tenth, at least, of what it were with the redundancy added: |out| is at most 10 max |v|.
+            # counts as a tenth, at least, of what it would be with that added: |out| is at most 10 max |v|.
             with torch.no_grad():
                 total = (attention_mass(q + lambda_q.abs() * q_red, k + lambda_k.abs() * k_red)
                          if self.paradigm == "token" else mass + lambda_q.abs() * attention_mass(q_red, k_red))
@@ -441,7 +442,7 @@ class ModelConfig:
             elif field.type is bool:
                 need(name, type(value) is bool, "true or false")
             elif field.type is int:
-                need(name, type(value) is int and value > 0, "a positive integer")
+                need(name, type(value) is int and 0 < value < 2 ** 31, "a positive integer")
         need("gamma_init", type(self.gamma_init) in (int, float) and 0 < self.gamma_init < 1e6, "a positive number")
         need("label_dropout", type(self.label_dropout) in (int, float) and 0 <= self.label_dropout <= 1, "in 0..1")
         need("lambda_init", type(self.lambda_init) in (list, tuple) and len(self.lambda_init) == 2
@@ -629,7 +630,10 @@ def position_embedding(dim, side):
 
 
 class DyDiLiT(nn.Module):
-    """The diffusion transformer: predicts, for a noisy input, its noise and where its variance lies (learned sigma)."""
+    """The diffusion transformer: predicts, for a noisy input, its noise and where its variance lies (learned sigma).
+
+    Its weights are float32 or float64; for half precision, call it under autocast.
+    """
 
     def __init__(self, cfg):
         super().__init__()

@@ -89,8 +89,9 @@ def arguments(argv):
     for add in (encode.add_argument, reference.add_argument):
         add("--classes", type=positive, help="how many classes to pick at random by --seed (Sub-IN: 100); default: all")
         add("--out", required=True, help="the folder, or the .npz, to write")
-    for add, size in ((train.add_argument, 32), (encode.add_argument, 256), (reference.add_argument, 32)):
-        add("--image-size", type=positive, default=size, help="side to which a folder's images are cropped, in pixels")
+    for add, size in ((train.add_argument, None), (encode.add_argument, 256), (reference.add_argument, None)):
+        add("--image-size", type=positive, default=size, help="side to which a folder's images are cropped, in pixels; "
+            f"default: {size or 32}")
     for add in (train.add_argument, encode.add_argument, sample.add_argument, reference.add_argument):
         add("--seed", type=number(int, 0, 2 ** 31), default=0, help="of everything random")
 
@@ -188,19 +189,27 @@ def claimed(folder):
                 folder.rmdir()
 
 
-def load_checkpoint(path, device):
-    """What train saved. Problem if it is missing, damaged or another program's."""
+def load_checkpoint(path):
+    """What train saved, on the CPU. Problem if it is missing, damaged or another program's."""
     if not path.exists():
         raise Problem(f"{path}: no such checkpoint; give --run the folder of a training run")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != "dydilit":
             raise KeyError("format")
         with torch.device("meta"):                          # do the parts fit together? It takes no memory
-            for weights in ("weights", "ema"):              # a dict() of them, for assign=True leaves a mark in its input
-                dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"])).load_state_dict(dict(state[weights]), assign=True)
-        _ = [state[name] for name in ("step", "window", "identity", "knobs", "optimizer")], state["data"]["names"]
+            model = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"]))
+            for weights in ("ema", "weights"):              # a dict() of them: assign=True leaves a mark in its input
+                model.load_state_dict(dict(state[weights]), assign=True)
+            torch.optim.AdamW(model.parameters()).load_state_dict(state["optimizer"])
+        data, knobs = state["data"], state["knobs"]
+        if (len(data["names"]) != model.cfg.n_classes or type(data["vae"]) not in (str, type(None))
+                or state["window"].shape != (5,) or type(state["step"]) is not int or type(state["identity"]) is not dict
+                or not {"sampling_steps", "cfg"} <= knobs.keys()):
+            raise ValueError
         return state
+    except (OSError, MemoryError):
+        raise
     except Exception as error:                              # the errors of pickle and zip are many
         raise Problem(f"{path}: not a dydilit checkpoint, or a damaged one ({type(error).__name__}); move it away, or "
                       "choose another --run") from None
@@ -341,7 +350,7 @@ def cifar10(data_dir, files=CIFAR_FILES):
         raw = np.fromfile(path, np.uint8) if path.exists() else np.empty(0, np.uint8)
         if raw.size == 0 or raw.size % 3073 or raw[::3073].max() > 9:
             raise Problem(f"{path}: missing, truncated or not a CIFAR-10 binary batch (3,073 bytes an image, the first "
-                          "its label 0..9); delete the folder and run again to download it anew")
+                          "its label 0..9); replace it, or delete the folder to have CIFAR-10 downloaded anew")
         records.append(raw.reshape(-1, 3073))
     records, meta = np.concatenate(records), folder / "batches.meta.txt"
     names = meta.read_text().split() if meta.exists() else []
@@ -365,7 +374,8 @@ def image_folder(root, n_classes=None, seed=0):
         if not 2 <= n_classes <= len(names):
             raise Problem(f"--classes {n_classes}: {root} has {len(names)} class folders; give 2..{len(names)}")
         names = sorted(np.random.default_rng(seed).choice(names, n_classes, replace=False).tolist())
-    files = [sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) for name in names]
+    files = [sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+             for name in names]
     if [] in files:
         raise Problem(f"{root / names[files.index([])]}: no images in this class folder; add some or remove it")
     return [path for found in files for path in found], np.repeat(np.arange(len(names)), [len(f) for f in files]), names
@@ -421,34 +431,39 @@ def latents(root):
     """What encode wrote, memory-mapped."""
     try:
         about = json.loads((root / "latents.json").read_text())
-        images, labels = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
-        data = Data(images, labels, about["names"], about["image_size"], vae=about["vae"])
-        if (images.ndim != 5 or images.shape[:2] != (len(labels), 2) or images.shape[3] != images.shape[4]
-                or data.image_size % images.shape[4] or labels.ndim != 1 or labels.dtype.kind != "i"
-                or not 0 <= labels.min() <= labels.max() < len(data.names)):
-            raise ValueError("their parts do not fit together")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        done, total = about["done"], about["total"]
+        if done == total:
+            images, labels = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
+            data = Data(images, labels, about["names"], about["image_size"], vae=about["vae"])
+            if (images.shape[:2] != (total, 2) or images.ndim != 5 or images.shape[3] != images.shape[4]
+                    or images.dtype != np.float16 or data.image_size % images.shape[4] or labels.shape != (total,)
+                    or labels.dtype.kind != "i" or not 0 <= labels.min() <= labels.max() < len(data.names)
+                    or type(data.vae) is not str):
+                raise ValueError("their parts do not fit together")
+            return data
+    except Exception as error:                              # the errors of numpy's format are many
         raise Problem(f"{root}: damaged latents ({error}); encode again into another folder") from None
-    if about["done"] != len(labels):
-        raise Problem(f"{root}: only {about['done']} of {len(labels)} images are encoded; run the encode command again")
-    return data
+    raise Problem(f"{root}: only {done} of {total} images are encoded; run the encode command again")
 
 
 def load_data(args):
     """The data that --data names."""
+    encoded = (pathlib.Path(args.data) / "latents.json").exists()
+    if args.image_size and (encoded or args.data in ("shapes", "cifar10")):
+        raise Problem(f"--image-size {args.image_size}: only a folder's images are cropped; leave it away")
     if args.data == "shapes":
         return shapes()
     if args.data == "cifar10":
         return cifar10(args.data_dir)
-    if (pathlib.Path(args.data) / "latents.json").exists():
+    if encoded:
         return latents(pathlib.Path(args.data))
     paths, labels, names = image_folder(args.data)
-    return Data(read_images(paths, args.image_size), labels, names, args.image_size)
+    return Data(read_images(paths, args.image_size or 32), labels, names, args.image_size or 32)
 
 
 def reference(args):
     """The data in the layout of `sample --num`: the reference batch that FID on one's own data needs."""
-    if not args.out.endswith(".npz"):
+    if pathlib.Path(args.out).suffix != ".npz":
         raise Problem(f"--out {args.out}: give a name that ends in .npz")
     if (pathlib.Path(args.data) / "latents.json").exists():
         raise Problem(f"--data {args.data}: latents are not images; give the folder that was encoded, with the same "
@@ -464,7 +479,7 @@ def reference(args):
     if args.num and args.num > len(labels):
         raise Problem(f"--num {args.num}: the data has {len(labels)} images")
     pick = np.sort(np.random.default_rng(args.seed).permutation(len(labels))[:args.num])
-    images = source[pick] if built_in else read_images([source[i] for i in pick], args.image_size)
+    images = source[pick] if built_in else read_images([source[i] for i in pick], args.image_size or 32)
     write_npz(args.out, images, labels[pick])
     print(f"{args.out}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
 
@@ -490,15 +505,18 @@ def encode(args):
     paths, labels, names = image_folder(args.data, args.classes, args.seed)
     out, state, done = pathlib.Path(args.out), pathlib.Path(args.out) / "latents.json", 0
     files = "\n".join(str(p.relative_to(args.data)) for p in paths)
-    about = dict(source=args.data, files_sha256=hashlib.sha256(files.encode()).hexdigest(), names=names,
-                 seed=args.seed, image_size=args.image_size, vae=args.vae)
+    about = dict(files_sha256=hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(), total=len(paths),
+                 names=names, seed=args.seed, image_size=args.image_size, vae=args.vae)
     with claimed(out):
         if state.exists():
-            before = json.loads(state.read_text())
+            try:
+                before = dict(json.loads(state.read_text()))
+                done = int(before["done"])
+            except (ValueError, TypeError, KeyError):
+                raise Problem(f"{state}: damaged; choose another --out") from None
             different = [key for key, value in about.items() if before.get(key) != value]
             if different:
                 raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose another --out")
-            done = before["done"]
         elif occupied(out):
             raise Problem(f"{out}: not empty; choose another --out")
         device = pick_device()
@@ -560,7 +578,9 @@ def save_grid(path, images, labels, names):
     figure = Figure(figsize=(0.62 * columns + 1.1, 0.62 * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots()
     axes.imshow(canvas, interpolation="nearest")
-    axes.set(xticks=[], yticks=[size * (r + 0.5) for r in range(len(rows))], yticklabels=[names[c] for c in rows])
+    axes.set_xticks([])
+    axes.set_yticks([size * (r + 0.5) for r in range(len(rows))],       # as they are: a folder's name may be anything
+                    [names[c].encode("utf-8", "replace").decode() for c in rows], parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     with replacing(path) as part:
@@ -586,7 +606,7 @@ def sample(args):
     out = pathlib.Path(args.out or run / ("samples.npz" if args.num else "grid.png"))
     if out.suffix != (".npz" if args.num else ".png"):
         raise Problem(f"--out {out}: with --num give a name that ends in .npz, without it one in .png")
-    state = load_checkpoint(run / "checkpoint.pt", device)
+    state = load_checkpoint(run / "checkpoint.pt")
     names, knobs = state["data"]["names"], state["knobs"]
     classes = list(range(len(names) if args.num else min(len(names), 10)))
     if args.classes:
@@ -655,6 +675,7 @@ def train(args):
     if not (args.lr > 0 and args.ema < 1 and args.cooldown <= 1):
         raise Problem(f"--lr {args.lr:g}, --ema {args.ema:g}, --cooldown {args.cooldown:g}: the first must be positive, the "
                       "second in [0, 1), the third in [0, 1]")
+    dydilit.respaced_timesteps(1000, args.sampling_steps)   # may these be?
     device, main = pick_device(), rank == 0
     run = pathlib.Path(args.run or pathlib.Path("runs") / pathlib.Path(args.data).resolve().name)
     if world > 1:
@@ -691,12 +712,13 @@ def fit(args, data, run, device, rank, world):
     shape = (model.cfg.in_channels, model.cfg.input_size, model.cfg.input_size)
     # What makes a run what it is may not change when it resumes; how long it runs and how it reports may.
     identity = dict(dataclasses.asdict(model.cfg), names=data.names, images=len(data.labels), flip=data.flip,
+                    images_sha256=hashlib.sha256(data.images[::-(-len(data.images) // 64)].tobytes()).hexdigest(),
                     batch_size=args.batch_size, lr=args.lr, cooldown=args.cooldown, snr_cap=args.snr_cap, ema=args.ema,
                     seed=args.seed)
     knobs = {name: value for name, value in vars(args).items() if name != "run"}
     step, window = 0, torch.zeros(5, dtype=torch.float64)   # since the last log: sums of three losses, images, max norm
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint, device)
+        state = load_checkpoint(checkpoint)
         for name, value in identity.items():
             if state["identity"].get(name) != value:
                 raise Problem(f"{checkpoint}: this run has {name} {state['identity'].get(name)!s:.60}, not "
@@ -704,7 +726,8 @@ def fit(args, data, run, device, rank, world):
         model.load_state_dict(state["weights"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        step, window = state["step"], state["window"].cpu()
+        step, window = state["step"], state["window"]
+        del state                                           # a second copy of everything
         if main:
             print(f"{run}: resuming at step {step} of {args.steps}")
     elif main and occupied(run):
@@ -730,22 +753,22 @@ def fit(args, data, run, device, rank, world):
 
     def grid(path):
         classes = range(min(len(data.names), 10))
-        vae = load_vae(data.vae, device) if data.vae else None
         labels = [c for c in classes for _ in range(10)]
         save_grid(path, generate(copy.deepcopy(ema).fuse(), labels, args.sampling_steps, args.cfg, vae=vae), labels,
                   data.names)
 
-    log = []
+    log, vae = [], None
     if main:
+        vae = load_vae(data.vae, device) if data.vae else None          # now, rather than at the first grid
         if not checkpoint.exists():
             save()                                          # from here on the folder is this run's
         write(run / "config.json", json.dumps(dict(knobs, model_config=dataclasses.asdict(model.cfg)), indent=1))
         if (run / "log.csv").exists():
             try:
                 with open(run / "log.csv", newline="") as file:
-                    log = [row for row in csv.DictReader(file) if [float(value) for value in row.values()]]
-                log = [row for row in log if int(row["step"]) <= step]
-            except (ValueError, TypeError, KeyError):
+                    log = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                [float(row[name]) for row in log for name in ("loss", "simple", "variational", "seconds")]
+            except (ValueError, TypeError, KeyError, csv.Error):
                 raise Problem(f"{run / 'log.csv'}: damaged; move it away, and the same command goes on") from None
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(parallel) if args.compile else parallel
@@ -755,6 +778,8 @@ def fit(args, data, run, device, rank, world):
     before, started = float(log[-1]["seconds"]) if log else 0.0, time.time()
     bar = tqdm(total=args.steps, initial=min(step, args.steps), desc="training", disable=not main, unit="step")
     while step < args.steps:
+        if main and step and step % args.sample_every == 0 and not (run / f"samples-{step:07d}.png").exists():
+            grid(run / f"samples-{step:07d}.png")           # also of a run that was stopped before it came to that
         # Everything random in a step comes from (seed, step): a resumed run needs no generator's state, and any number
         # of processes sees the same images, timesteps and noise.
         seed = (args.seed * 2 ** 32 + step) % 2 ** 62
@@ -764,7 +789,7 @@ def fit(args, data, run, device, rank, world):
         t = torch.randint(diffusion.n_timesteps, (args.batch_size,), generator=generator)
         noise = torch.randn(args.batch_size, *shape, generator=generator)
         weight = (args.snr_cap / snr[t]).clamp(max=1) if args.snr_cap else torch.ones(args.batch_size)
-        torch.manual_seed(seed * world + rank)              # for the label dropout
+        torch.manual_seed((seed * world + rank) % 2 ** 63)  # for the label dropout
         model.train()
         totals = torch.zeros(5, device=device)              # sums of the three losses, images, signals to stop
         micro = torch.arange(rank * local, (rank + 1) * local).chunk(args.accumulate)
@@ -803,8 +828,6 @@ def fit(args, data, run, device, rank, world):
             rate = bar.format_dict["rate"] or 0
             bar.set_postfix_str(f"loss {loss:.4f}, {rate * args.batch_size:.0f} images/s")
             window.zero_()
-        if main and step % args.sample_every == 0 and step < args.steps:
-            grid(run / f"samples-{step:07d}.png")           # before the checkpoint, after which it would not be made up for
         if step % args.save_every == 0 or step == args.steps or totals[4] > 0:
             save()
         if totals[4] > 0:
@@ -826,13 +849,13 @@ def main():
         {"train": train, "encode": encode, "sample": sample, "reference": reference}[args.command](args)
     except (Problem, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith("torch._inductor"):
+            sys.exit(f"train.py: --compile: {str(error).splitlines()[0]:.90}; install a C++ compiler, or leave the flag away")
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
         sys.exit("train.py: out of memory; train with a larger --accumulate, sample with a smaller --batch-size, or take "
                  "fewer or smaller images")
-    except RuntimeError as error:
-        if not type(error).__module__.startswith("torch._inductor"):
-            raise
-        sys.exit(f"train.py: --compile: {str(error).splitlines()[0]:.90}; install a C++ compiler, or leave the flag away")
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'file'}: {error.strerror or error}; check the path, its permissions and "
                  "the free space")

@@ -203,6 +203,10 @@ def run_folder(args, data, variant, steps, seed):
     return data_folder(args, data) / f"{variant.replace(':', '-')}-{steps}-{seed}"
 
 
+def sample_file(args, run, guidance):
+    return run / f"samples-cfg{guidance}-{args.samples}-{args.sampling_steps}.npz"
+
+
 def one_run(args, key, train_flags, known_network):
     """Trains, samples and measures. Returns its line of runs.csv, and its lines of blocks.csv and routers.csv."""
     train.keep_freed_memory()
@@ -211,7 +215,7 @@ def one_run(args, key, train_flags, known_network):
     call(log, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, *train_flags)
     device = train.pick_device()
-    model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt", device), device)
+    model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt"), device)
     data = held_out(key["data"], args.data_dir)
     losses = held_out_losses(model, data)
     blocks, routers = look_inside(model, data)
@@ -224,7 +228,7 @@ def one_run(args, key, train_flags, known_network):
     if args.network:                                        # TorchScript does not travel between processes
         network = measures.load_network(args.network)
     for guidance in GUIDANCES:
-        out = run / f"samples-cfg{guidance}.npz"
+        out = sample_file(args, run, guidance)
         if not out.exists():
             call(log, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
                  "--sampler", "ddim", "--seed", key["seed"], "--out", out)
@@ -276,7 +280,7 @@ def keep_features(args, data, known_network, per_class=30):
     test, out, at = held_out(data, args.data_dir, 10_000), {}, GUIDANCES[-1]
     source = {"real": (test.images, test.labels)}
     for variant in ("dit", "sana", "rung6"):
-        path = run_folder(args, data, variant, args.steps, 0) / f"samples-cfg{at}.npz"
+        path = sample_file(args, run_folder(args, data, variant, args.steps, 0), at)
         if not path.exists():
             return
         source[variant] = measures.load_npz(path)
@@ -303,7 +307,7 @@ def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", default=["shapes"], choices=["shapes", "cifar10"])
-    add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to")
+    add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to; other files there, another --out")
     add("--model", default=train.SMALL_MODEL, help="the full method, of which the variants are made; default: %(default)s")
     add("--variants", nargs="+", help="NAME, or NAME:FIELD=VALUE,... with something changed; default: all ten")
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
@@ -365,7 +369,7 @@ def climb(args):
 if __name__ == "__main__":
     try:
         main()
-    except train.Problem as error:
+    except (train.Problem, ValueError, OSError) as error:
         sys.exit(f"ladder.py: {error}")
     except KeyboardInterrupt:
         sys.exit("ladder.py: stopped; the same command goes on from here")

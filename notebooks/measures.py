@@ -138,7 +138,7 @@ def tsne(x, perplexity=30, steps=750):
 class Classifier(nn.Module):
     """A small convolutional classifier, for features where no Inception can be had.
 
-    uint8 (B, 3, H, W) -> features (B, 128), spatial features (B, 7 H W / 16), logits (B, n_classes). On real images
+    uint8 (B, 3, H, W) -> features (B, 128), spatial features (B, 7 x 8 x 8), logits (B, n_classes). On real images
     their means are 0 (the spatial ones' over each channel) and their variances 1 on average.
     """
 
@@ -157,7 +157,8 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         x = self.early(images.float() / 127.5 - 1)
-        spatial, x = (x[:, :7] - self.centre_spatial) * self.scale[1], self.late(x)
+        spatial = F.adaptive_avg_pool2d(x[:, :7], 8)        # as it is for images of 32 x 32; large ones would have
+        spatial, x = (spatial - self.centre_spatial) * self.scale[1], self.late(x)     # covariances of many GB
         return (x.mean((2, 3)) - self.centre) * self.scale[0], spatial.flatten(1), self.head(x)
 
 
@@ -190,8 +191,12 @@ def extract(images, network, batch=500):
     """What a network says of uint8 images (M, H, W, 3): {"pool": (M, D)}, "spatial" and "logits" if it gives them."""
     parts, device = [], train.pick_device()
     for start in range(0, len(images), batch):
-        out = network(torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2).to(device))
-        parts.append(out if isinstance(out, tuple) else (out,))
+        try:
+            out = network(torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2).to(device))
+            parts.append([part.flatten(1) for part in (out if isinstance(out, tuple) else (out,))])
+        except (RuntimeError, AttributeError, IndexError) as error:
+            raise train.Problem(f"the feature network fails on these images ({str(error).strip().splitlines()[-1]:.80}); see "
+                                "measures.py --help for what it must take and give") from None
     return dict(zip(("pool", "spatial", "logits"), map(torch.cat, zip(*parts))))
 
 
@@ -200,12 +205,13 @@ def load_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["arr_0"], file["arr_1"]
-        if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1] or len(labels) < 5:
+        if (images.dtype != np.uint8 or images.shape[3:] != (3,) or min(images.shape[1:3]) < 8 or len(labels) < 5
+                or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
             raise ValueError
     except Exception:                                       # the errors of zip and of numpy's format are many
         raise train.Problem(f"{path}: not five images or more in ADM's layout; give an .npz that train.py sample "
                             "--num, or train.py reference, wrote") from None
-    return images, labels
+    return images, labels.astype(np.int64)
 
 
 def load_network(path):
@@ -248,5 +254,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except train.Problem as error:
+    except (train.Problem, OSError) as error:
         sys.exit(f"measures.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -25,6 +25,7 @@ Image = matplotlib.image.PIL.Image              # matplotlib's own reader: to wr
 ROOT = pathlib.Path(train.__file__).resolve().parent
 TINY = ["--batch-size", "8", "--sampling-steps", "2", "--set", "dim=16", "depth=1", "n_gammas=2", "n_lambdas=2",
         "n_projectors=2"]
+CHILDREN = []
 
 
 def main(monkeypatch, *argv):
@@ -45,8 +46,17 @@ def cli(monkeypatch, tmp_path):
 
 
 def command(*argv, **kwargs):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+    CHILDREN.append(subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT, text=True, **kwargs))
+    return CHILDREN[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_orphans():
+    """A test that fails leaves no process behind that trains for ever."""
+    yield
+    while CHILDREN:
+        CHILDREN.pop().kill()
 
 
 def finish(*argv, code=0, **kwargs):
@@ -234,6 +244,30 @@ def test_folders_train_at_their_size(cli, tmp_path):
     assert state["model"]["n_classes"] == 2
 
 
+def test_class_names_are_drawn_as_they_are(cli, tmp_path):
+    """Dollars would be mathematics, and a name need not be valid text."""
+    image_tree(tmp_path / "odd", ["$a^^b$", "10$ and 20$", "a\udcff"])
+    cli(*TINY, "--data", "odd", "--steps", "1", "--batch-size", "4")
+    cli("sample", "--run", "runs/odd", "--num", "3")
+    assert pathlib.Path("runs/odd/samples.png").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_only(cli, tmp_path):
+    image_tree(tmp_path / "a" / "train")
+    image_tree(tmp_path / "b" / "train", size=(48, 40))
+    cli(*TINY, "--data", "a/train", "--steps", "1")
+    with pytest.raises(SystemExit, match="runs/train/checkpoint.pt: this run has images_sha256 .* choose another --run"):
+        cli(*TINY, "--data", "b/train", "--steps", "2")
+
+
+def test_pictures_are_made_up_for_after_a_stop(cli):
+    cli(*TINY, "--steps", "4", "--sample-every", "2")
+    first = pathlib.Path("runs/shapes/samples-0000002.png")
+    assert first.exists() and not pathlib.Path("runs/shapes/samples-0000004.png").exists()
+    cli(*TINY, "--steps", "6", "--sample-every", "2")
+    assert pathlib.Path("runs/shapes/samples-0000004.png").exists()
+
+
 def test_moving_average(cli):
     cli(*TINY, "--steps", "1", "--ema", "0.75")
     state, start = load("runs/shapes"), None
@@ -266,11 +300,11 @@ def test_two_processes_see_the_same_batch(tmp_path):
 @pytest.mark.parametrize("kills", [pytest.param(2, id="2"), pytest.param(20, id="20-endurance")])
 def test_killed_runs_resume_bit_for_bit(tmp_path, kills):
     """By SIGKILL, every other time while a checkpoint is being written, else at any moment from the start on."""
-    args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--cooldown", 0, "--log-every", 10,
+    args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--cooldown", 0, "--log-every", 5,
             "--save-every", 5, "--sample-every", 70]
     killed, rng, started = tmp_path / "killed", np.random.default_rng(), time.time()
-    finish("train", "--help")
-    usual = 2 * (time.time() - started)                     # until training begins
+    finish(*args, "--run", killed, "--steps", 5)
+    usual = time.time() - started
     for kill in range(kills):
         part = killed / ".checkpoint.part.pt"
         part.unlink(missing_ok=True)                        # what the last kill left behind
@@ -281,11 +315,12 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, kills):
             for delay in (rng.uniform(0, 1), 0):
                 while not part.exists():
                     assert process.poll() is None
+                    time.sleep(0.001)
                 time.sleep(delay)
         process.kill()
         process.communicate()
     steps = load(killed)["step"] + 20
-    assert steps > 20 and f"resuming at step {steps - 20}" in finish(*args, "--run", killed, "--steps", steps)
+    assert f"resuming at step {steps - 20}" in finish(*args, "--run", killed, "--steps", steps)
     finish(*args, "--run", tmp_path / "whole", "--steps", steps)
     one, other = load(tmp_path / "whole"), load(killed)
     assert all(same(one[k], other[k]) for k in ("step", "weights", "ema", "optimizer", "window"))
@@ -508,8 +543,9 @@ class Evil:
 def checkpoint(folder, change):
     """A checkpoint of a tiny model, with something changed."""
     model = dydilit.build_model("DyDi-LiT-XS/4", dim=16, depth=1)
-    state = dict(format="dydilit", step=0, window=torch.zeros(5), identity={}, knobs={}, optimizer={}, data=dict(names="ab"),
-                 model=dataclasses.asdict(model.cfg), weights=model.state_dict(), ema=model.state_dict())
+    state = dict(format="dydilit", step=0, window=torch.zeros(5), identity={}, knobs=dict(sampling_steps=1, cfg=1.0),
+                 data=dict(names=list("abcdefghij"), vae=None), model=dataclasses.asdict(model.cfg),
+                 weights=model.state_dict(), ema=model.state_dict(), optimizer=torch.optim.AdamW(model.parameters()).state_dict())
     folder.mkdir()
     torch.save(change(state) or state, folder / "checkpoint.pt")
 
@@ -518,7 +554,8 @@ def latent_files(folder, images=np.zeros((16, 2, 4, 4, 4), np.float16), labels=n
     folder.mkdir()
     np.save(folder / "latents.npy", images)
     np.save(folder / "labels.npy", labels)
-    (folder / "latents.json").write_text(json.dumps({**dict(names=["a", "b"], image_size=32, vae="v", done=16), **about}))
+    (folder / "latents.json").write_text(json.dumps({**dict(names=["a", "b"], image_size=32, vae="v", done=16, total=16),
+                                                         **about}))
 
 
 def bad_places(tmp_path):
@@ -528,7 +565,12 @@ def bad_places(tmp_path):
     checkpoint(tmp_path / "misfit", lambda s: s["model"].update(dim=24))
     checkpoint(tmp_path / "no-ema", lambda s: s.pop("ema") and None)
     checkpoint(tmp_path / "no-names", lambda s: s["data"].clear())
+    checkpoint(tmp_path / "no-window", lambda s: s.update(window=None))
+    checkpoint(tmp_path / "few-names", lambda s: s["data"]["names"].pop() and None)
+    checkpoint(tmp_path / "no-optimizer", lambda s: s.update(optimizer={}))
     checkpoint(tmp_path / "list", lambda s: [1, 2])
+    (tmp_path / "half-encoded").mkdir()
+    (tmp_path / "half-encoded" / "latents.json").write_text('{"done": ')
     latent_files(tmp_path / "evil-latents", np.array([Evil()] * 16))
     latent_files(tmp_path / "evil-labels", labels=np.array([Evil()] * 16))
     latent_files(tmp_path / "negative", labels=-np.ones(16, int))
@@ -596,6 +638,9 @@ BAD = [
     (["sample", "--run", "misfit"], "misfit/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["sample", "--run", "no-ema"], "no-ema/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["sample", "--run", "no-names"], "no-names/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "no-window"], "no-window/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["sample", "--run", "few-names"], "few-names/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
+    (["--run", "no-optimizer"], "no-optimizer/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["sample", "--run", "list"], "list/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["--run", "mine"], "mine: not empty, and no checkpoint in it; choose another --run"),
     (["--run", "file"], "file: Not a directory|file: File exists"),
@@ -612,6 +657,9 @@ BAD = [
     (["--set", "image_size=64"], "--set image_size=64: the data decide this, they have 32; leave it away"),
     (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--set", "dim=10000000"], "out of memory|not a positive integer"),
+    (["--image-size", "64"], "--image-size 64: only a folder's images are cropped; leave it away"),
+    (["--sampling-steps", "2000"], "sampling steps: 2000 is not in 1..1000"),
     (["--cooldown", "2"], "--cooldown 2: .* the third in .0, 1."),
     (["--snr-cap", "nan"], "argument --snr-cap: nan is not in 0.."),
     (["--seed", "-1"], "argument --seed: -1 is not in 0.."),
@@ -627,6 +675,8 @@ BAD = [
     (["reference", "--data", "pets", "--classes", "3", "--out", "r.npz"], "--classes 3: .* has 2 class folders; give 2..2"),
     (["reference", "--data", "shapes", "--classes", "3", "--out", "r.npz"], "--classes 3: only a folder's classes"),
     (["encode", "--data", "nowhere", "--out", "l"], "--data nowhere: no such folder"),
+    (["encode", "--data", "pets", "--out", "half-encoded"], "half-encoded/latents.json: damaged; choose another --out"),
+    (["reference", "--data", "pets", "--out", ".npz"], "--out .npz: give a name that ends in .npz"),
     (["encode", "--data", "pets", "--out", "mine"], "mine: not empty; choose another --out"),
     (["paint"], "invalid choice: 'paint'"),
 ]
@@ -700,4 +750,5 @@ def test_help_lists_every_knob(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             main(monkeypatch, *argv)
         assert stop.value.code == 0
-    assert "--raw-weights" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in [*train.KNOBS, "raw-weights"])
