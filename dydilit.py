@@ -332,8 +332,10 @@ class TokenDifferential(nn.Module):
             # A query that is nearly zero while its redundancy is not would be divided by nearly nothing. So the mass
             # counts as a tenth, at least, of what it would be with that added: |out| is at most 10 max |v|.
             with torch.no_grad():
-                total = (attention_mass(q + lambda_q.abs() * q_red, k + lambda_k.abs() * k_red)
-                         if self.paradigm == "token" else mass + lambda_q.abs() * attention_mass(q_red, k_red))
+                if self.paradigm == "token":                # addcmul: q + |lambda_q| q_red, in one pass
+                    total = attention_mass(torch.addcmul(q, lambda_q.abs(), q_red), torch.addcmul(k, lambda_k.abs(), k_red))
+                else:
+                    total = mass + lambda_q.abs() * attention_mass(q_red, k_red)
             out = out / torch.maximum(mass, total / 10)
         elif self.normalizer == "length":
             out = out / q.shape[-2]
