@@ -188,7 +188,7 @@ def test_command_with_a_network_of_the_user_s(tmp_path, monkeypatch, capsys, net
 
 
 def test_command_with_a_classifier_of_the_data(tmp_path, monkeypatch, capsys):
-    data = train.shapes(2000)
+    data = train.shapes(2000, size=16)
     real = npz(tmp_path / "ref.npz", data.images, data.labels)
     swapped = npz(tmp_path / "swapped.npz", data.images, (data.labels + 1) % 10)
     output = measure(monkeypatch, capsys, swapped, real)
