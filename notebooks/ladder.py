@@ -12,6 +12,7 @@ a line per run and block, routers.csv a line per run and router. Stopped at any 
 """
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import json
 import math
@@ -188,10 +189,14 @@ def look_inside(model, data, n=200, shuffles=200):
 
 # ---- A run ----------------------------------------------------------------------------------------------------------
 
+called = []                     # the process of train.py that this one waits for
+
+
 def call(log, *command):
     """train.py with these arguments, its output in `log`. Problem if it fails."""
     with open(log, "a") as out:
-        if subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)], stdout=out, stderr=out).returncode:
+        called[:] = [subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command)], stdout=out, stderr=out)]
+        if called[0].wait():
             raise train.Problem(f"{log.read_text().strip().splitlines()[-1]} (all of it in {log})")
 
 
@@ -295,6 +300,15 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+def leave(*_):
+    """A worker's way out. After an exception it would begin the next run."""
+    for process in called:
+        process.terminate()
+        with contextlib.suppress(ChildProcessError):        # not its wait(), whose lock is taken by the one interrupted
+            os.waitpid(process.pid, 0)
+    os._exit(1)
+
+
 def rounded(line):
     return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in line.items()}
 
@@ -343,7 +357,7 @@ def climb(args):
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.workers))
     signal.signal(signal.SIGTERM, stop)
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal,
-                                                  (signal.SIGTERM, stop))
+                                                  (signal.SIGTERM, leave))
     futures, failed = {pool.submit(one_run, args, key, extra, networks[key["data"]]): key for key, extra in todo}, 0
     try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
@@ -356,6 +370,7 @@ def climb(args):
                 failed += 1
                 tqdm.write(f"{futures[future]['data']} {futures[future]['variant']}: {problem}")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # once is enough
         for worker in multiprocessing.active_children():    # and each ends what it has called
             worker.terminate()
         pool.shutdown(cancel_futures=True)
