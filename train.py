@@ -469,9 +469,9 @@ def reference(args):
         raise Problem(f"--data {args.data}: latents are not images; give the folder that was encoded, with the same "
                       "--classes, --seed and --image-size")
     built_in = args.data in ("shapes", "cifar10")
-    if built_in and args.classes:
-        raise Problem(f"--classes {args.classes}: only a folder's classes can be picked; leave it away")
     if built_in:
+        if args.classes:
+            raise Problem(f"--classes {args.classes}: only a folder's classes can be picked; leave it away")
         data = load_data(args)
         source, labels = data.images, data.labels
     else:
@@ -852,7 +852,7 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.startswith("torch._inductor"):
             sys.exit(f"train.py: --compile: {str(error).splitlines()[0]:.90}; install a C++ compiler, or leave the flag away")
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         sys.exit("train.py: out of memory; train with a larger --accumulate, sample with a smaller --batch-size, or take "
                  "fewer or smaller images")

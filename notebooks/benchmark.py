@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from helpers import Allocations, median_ms, train
+from ladder import honest_macs
 
 import dydilit
 
@@ -22,11 +23,6 @@ PEAK_TFLOPS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200"
 
 def row(figure, here, floor="", goal=""):
     print(f"| {figure} | {here} | {floor} | {goal} |", flush=True)
-
-
-def honest(name, **overrides):
-    with torch.device("meta"):
-        return sum(dydilit.count_macs(dydilit.build_model(name, **overrides))["honest"].values())
 
 
 def stepper(name, batch, compiled=False):
@@ -48,7 +44,7 @@ def stepper(name, batch, compiled=False):
 def step(batch=64 if CUDA else 8):
     """Training steps of the three small models."""
     names = ["Sana-S/2", "DyDi-LiT-S/2", "DiT-S/2"]
-    macs = {name: honest(name) for name in names}
+    macs = {name: honest_macs(name) for name in names}
     ms = median_ms({name: stepper(name, batch) for name in names}, repeats=9)
     for name in names:
         rate = batch / ms[name] * 1e3
@@ -68,7 +64,7 @@ def compiled(batch=64 if CUDA else 8):
     functions = {(name, c): stepper(name, batch, c) for name in names for c in (False, True)}
     ms = median_ms(functions, repeats=7)
     row("the same, torch.compile", f"{ms[names[1], True] / ms[names[0], True]:.3f}",
-        f"{honest(names[1]) / honest(names[0]):.3f}", "at most 1.25")
+        f"{honest_macs(names[1]) / honest_macs(names[0]):.3f}", "at most 1.25")
     for name in names:
         row(f"{name}, compiled / eager", f"{ms[name, True] / ms[name, False]:.3f}")
 
@@ -120,7 +116,7 @@ def resolution(repeats={1024: 5, 2048: 3}):
         x, t, y = torch.randn(1, 4, size // 8, size // 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
             ms = median_ms({name: lambda m=m: m(x, t, y) for name, m in models.items()}, count)
-        macs = honest("DiT-L/2", image_size=size) / honest("DyDi-LiT-L/2", image_size=size)
+        macs = honest_macs("DiT-L/2", image_size=size) / honest_macs("DyDi-LiT-L/2", image_size=size)
         row(f"forward, DiT-L / DyDi-LiT-L, N = {(size // 16) ** 2:,}", f"{ms['DiT-L/2'] / ms['DyDi-LiT-L/2']:.2f}",
             f"{macs:.2f}", f"at least {1.5 if size == 1024 else 3}")
 

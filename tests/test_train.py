@@ -745,6 +745,14 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path):
     assert "resuming at step 2" in finish(*args, "--steps", 4)
 
 
+def test_other_errors_are_not_called_a_full_memory(cli, monkeypatch):
+    def recurse(args):
+        return recurse(args)
+    monkeypatch.setattr(train, "sample", recurse)           # a RecursionError is a RuntimeError
+    with pytest.raises(RecursionError):
+        cli("sample", "--run", "x")
+
+
 def test_help_lists_every_knob(capsys, monkeypatch):
     for argv in (["--help"], ["train", "--help"], ["sample", "--help"]):
         with pytest.raises(SystemExit) as stop:
