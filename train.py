@@ -103,6 +103,8 @@ def arguments(argv):
         kind = positive if isinstance(paper, int) else amount
         add("--" + name.replace("_", "-"), type=kind, help=f"{text}; default: {small:g} ({SMALL_MODEL}), {paper:g}")
     add("--accumulate", type=positive, default=1, help="micro-batches per step, if a whole batch exceeds the memory")
+    add("--init", choices=["own", "full"], default="own", help="full: weights that --model without --set has, too, start as "
+        "they do there, so that a comparison is not one of initial values; default: %(default)s")
     add("--no-flip", action="store_true", help="no horizontal flips (where left and right differ: text)")
     add("--compile", action="store_true", help="torch.compile the model")
 
@@ -705,6 +707,11 @@ def fit(args, data, run, device, rank, world):
     for name in given.keys() & changed.keys():
         raise Problem(f"--set {name}={changed[name]}: the data decide this, they have {given[name]}; leave it away")
     model = dydilit.build_model(args.model, **given, **changed).to(device)
+    if args.init == "full":
+        torch.manual_seed(args.seed)
+        full, own = dydilit.build_model(args.model, **given).state_dict(), model.state_dict()
+        model.load_state_dict({name: full[name] for name in full.keys() & own.keys() if full[name].shape == own[name].shape
+                               and not name.endswith(("gammas", "lambdas"))}, strict=False)     # those are chosen, not drawn
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
     diffusion = dydilit.GaussianDiffusion().to(device)
@@ -714,7 +721,7 @@ def fit(args, data, run, device, rank, world):
     identity = dict(dataclasses.asdict(model.cfg), names=data.names, images=len(data.labels), flip=data.flip,
                     images_sha256=hashlib.sha256(data.images[::-(-len(data.images) // 64)].tobytes()).hexdigest(),
                     batch_size=args.batch_size, lr=args.lr, cooldown=args.cooldown, snr_cap=args.snr_cap, ema=args.ema,
-                    seed=args.seed)
+                    seed=args.seed, init=args.init)
     knobs = {name: value for name, value in vars(args).items() if name != "run"}
     step, window = 0, torch.zeros(5, dtype=torch.float64)   # since the last log: sums of three losses, images, max norm
     if checkpoint.exists():

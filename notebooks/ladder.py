@@ -76,7 +76,7 @@ def flags(text, known):
     out, fields = [], dict(known[name])
     for pair in filter(None, changes.split(",")):
         field, _, value = pair.partition("=")
-        if field in train.KNOBS:
+        if field in (*train.KNOBS, "init"):
             out += ["--" + field.replace("_", "-"), value]
         else:
             fields.update(train.overrides([pair]))

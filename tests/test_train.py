@@ -277,6 +277,20 @@ def test_moving_average(cli):
         torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * state["weights"][name])
 
 
+def test_variants_can_start_with_the_full_models_values(cli):
+    still = ["--batch-size", "8", "--steps", "1", "--lr", "1e-30", "--sampling-steps", "1", "--run"]
+    variant = ["--set", "dwc=false", "lambda_init=[0.2,0.8]"]
+    cli(*still, "full")
+    cli(*still, "own", *variant)
+    cli(*still, "alike", *variant, "--init", "full")
+    full, own, alike = (load(run)["weights"] for run in ("full", "own", "alike"))
+    chosen = {name for name in alike if name.endswith("lambdas")}
+    assert alike.keys() == own.keys() < full.keys() and len(chosen) == 4
+    for name in alike:
+        torch.testing.assert_close(alike[name], (own if name in chosen else full)[name], rtol=0, atol=1e-20)
+    assert not torch.allclose(own["blocks.0.attn.qkv.weight"], full["blocks.0.attn.qkv.weight"])
+
+
 def test_accumulation_gives_the_same_step(cli):
     for k in (1, 2, 4):
         cli(*TINY, "label_dropout=0", "--steps", "3", "--run", f"run{k}", "--accumulate", k)
@@ -701,7 +715,8 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, tmp_path, capsys, argv, 
 @pytest.mark.parametrize("flags, message", [
     (["--lr", "0.5"], "this run has lr 0.002, not 0.5; repeat its flags, or choose another --run"),
     (["--seed", "3"], "has seed 0, not 3"), (["--batch-size", "16"], "has batch_size 8, not 16"),
-    (["--set", "dim=24"], "has dim 16, not 24"), (["--ema", "0.5"], "has ema 0.998, not 0.5")])
+    (["--set", "dim=24"], "has dim 16, not 24"), (["--ema", "0.5"], "has ema 0.998, not 0.5"),
+    (["--init", "full"], "has init own, not full")])
 def test_flags_that_contradict_the_checkpoint_are_named(cli, flags, message):
     cli(*TINY, "--steps", "1")
     before = snapshot(pathlib.Path("runs"))
