@@ -7,8 +7,9 @@
 
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
-MACs. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv
-a line per run and block, routers.csv a line per run and router. Stopped at any moment, the same command goes on.
+MACs. Images, timesteps and noise are the same for all variants of a seed, and with `rung1:init=full` the initial values
+of all that a variant has in common with --model. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
+routers.csv a line per run and router. Stopped at any moment, the same command goes on.
 """
 import argparse
 import concurrent.futures
