@@ -709,9 +709,11 @@ def fit(args, data, run, device, rank, world):
     model = dydilit.build_model(args.model, **given, **changed).to(device)
     if args.init == "full":
         torch.manual_seed(args.seed)
-        full, own = dydilit.build_model(args.model, **given).state_dict(), model.state_dict()
-        model.load_state_dict({name: full[name] for name in full.keys() & own.keys() if full[name].shape == own[name].shape
-                               and not name.endswith(("gammas", "lambdas"))}, strict=False)     # those are chosen, not drawn
+        full = dydilit.build_model(args.model, **given).state_dict()
+        for name, weight in model.state_dict().items():     # but gammas and lambdas, which are chosen, not drawn
+            other = full.get(name, weight)[-len(weight):]   # of Q, K, V, a module that routes Q and K has the last rows, V
+            if other.shape == weight.shape and not name.endswith(("gammas", "lambdas")):
+                weight.copy_(other)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
     diffusion = dydilit.GaussianDiffusion().to(device)
