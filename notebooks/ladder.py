@@ -9,7 +9,8 @@ Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Tabl
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
 MACs. Images, timesteps and noise are the same for all variants of a seed, and with `rung1:init=full` the initial values
 of all that a variant has in common with --model. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
-routers.csv a line per run and router. Stopped at any moment, the same command goes on.
+routers.csv a line per run and router, real.csv a line per data set: what real images would score in place of the
+generated ones. Stopped at any moment, the same command goes on.
 """
 import argparse
 import concurrent.futures
@@ -177,14 +178,18 @@ def look_inside(model, data, n=200, shuffles=200):
     rng, routers = np.random.default_rng(0), []
     for name, counts in chosen.items():                     # (n, choices): each image's tokens by choice
         classes = np.eye(len(data.names))[y.numpy()]
-        by_class = classes.T @ counts
-        shuffled = mutual_information(np.stack([classes[rng.permutation(n)].T @ counts for _ in range(shuffles)]))
-        share, information = counts.sum(0) / counts.sum(), mutual_information(by_class)
+        by_class = np.stack([classes[order].T @ counts for order in (np.arange(n), *map(rng.permutation, [n] * shuffles))])
+        (information, *shuffled), share = mutual_information(by_class), counts.sum(0) / counts.sum()
+        favourites, *favourites_shuffled = [len(set(table.argmax(1))) for table in by_class]
         _, block, _, router = name.split(".", 3)
+        banks = dict(model.blocks[int(block)].attn.named_parameters())
+        bank = banks.get({"kernel": "kernel.gammas", "differential": "differential.lambdas"}.get(router.split(".")[0]))
         routers.append(dict(
             block=block, router=router, choices=len(share), perplexity=1 / np.prod(share[share > 0] ** share[share > 0]),
-            unused=(share == 0).sum(), class_bits=information, class_bits_shuffled=shuffled.mean(),
-            shuffles_as_high=(shuffled >= information).mean(), most_frequent=len(set(by_class.argmax(1)))))
+            unused=(share == 0).sum(), value="" if bank is None else float(share @ bank.cpu().numpy()),
+            class_bits=information, class_bits_shuffled=np.mean(shuffled),
+            shuffles_as_high=np.mean(shuffled >= information), favourites=favourites,
+            favourites_shuffled=np.mean(favourites_shuffled)))
     return blocks, routers
 
 
@@ -275,14 +280,24 @@ def prepare(args, data):
         network = measures.train_classifier(source.images, source.labels, len(source.names))
         with train.replacing(kept) as part:
             torch.save(network.state_dict(), part)
-        test = held_out(data, args.data_dir, 10_000)
-        right = measures.extract(test.images, network)["logits"].argmax(1).cpu().numpy() == test.labels
-        print(f"{data}: the classifier recognizes {right.mean():.1%} of {len(right)} held-out real images")
     return network, measures.extract(images, network)
 
 
+def yardstick(args, data, known_network):
+    """The line of real.csv: held-out real images, as many as a run generates, measured as those are."""
+    network, real = known_network
+    test = held_out(data, args.data_dir, 10_000)
+    found = measures.extract(test.images, network or measures.load_network(args.network))
+    line = dict(data=data, samples=args.samples, network=args.network or "classifier",
+                **measures.compare({name: f[:args.samples] for name, f in found.items()}, real))
+    if not args.network:
+        line["recognized"] = (found["logits"].argmax(1).cpu().numpy() == test.labels).mean()
+    return line
+
+
 def keep_features(args, data, known_network, per_class=30):
-    """The features of some real and generated images, for notebook 09's t-SNE: OUT/features.npz, seed 0, guidance 4."""
+    """The features of some real and generated images, for notebook 09's t-SNE: features.npz in the data's folder, of
+    seed 0 and guidance 4."""
     test, out, at = held_out(data, args.data_dir, 10_000), {}, GUIDANCES[-1]
     source = {"real": (test.images, test.labels)}
     for variant in ("dit", "sana", "rung6"):
@@ -294,7 +309,7 @@ def keep_features(args, data, known_network, per_class=30):
         pick = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(len(test.names))])
         out[name] = measures.extract(images[pick], known_network[0])["pool"].cpu().numpy().astype(np.float16)
         out["labels"] = labels[pick]                        # the same for all: class by class
-    np.savez_compressed(pathlib.Path(args.out) / "features.npz", names=np.array(test.names), **out)
+    np.savez_compressed(data_folder(args, data) / "features.npz", names=np.array(test.names), **out)
 
 
 def stop(*_):
@@ -340,7 +355,7 @@ def main():
 
 def climb(args):
     """Makes the runs that OUT's tables lack."""
-    paths = [pathlib.Path(args.out) / f"{name}.csv" for name in ("runs", "blocks", "routers")]
+    paths = [pathlib.Path(args.out) / f"{name}.csv" for name in ("runs", "blocks", "routers", "real")]
     tables, todo = [read(path) for path in paths], []
     done = {tuple(line[k] for k in KEY) for line in tables[0]}
     for seed in range(args.seeds):                          # the first seed of everything comes first
@@ -354,7 +369,12 @@ def climb(args):
                 if tuple(str(key[k]) for k in KEY) not in done:
                     todo.append((key, extra))
     print(f"{len(done)} runs are in {paths[0]}, {len(todo)} are to do")
-    networks = {data: prepare(args, data) for data in {key["data"] for key, _ in todo}}
+    unmeasured = set(args.data) - {line["data"] for line in tables[3] if
+                                   (line["samples"], line["network"]) == (str(args.samples), args.network or "classifier")}
+    networks = {data: prepare(args, data) for data in unmeasured | {key["data"] for key, _ in todo}}
+    for data in sorted(unmeasured):
+        tables[3].append(rounded(yardstick(args, data, networks[data])))
+        train.save_log(paths[3], tables[3])
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.workers))
     signal.signal(signal.SIGTERM, stop)
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal,
@@ -363,21 +383,23 @@ def climb(args):
     try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
             try:
-                for path, table, lines in zip(paths, tables, future.result()):
-                    table += map(rounded, lines)
-                    if table:
-                        train.save_log(path, table)
+                found, key = [[*map(rounded, lines)] for lines in future.result()], futures[future]
+                for i in (2, 1, 0):                         # runs.csv last: its line says that the others are there
+                    tables[i] = [line for line in tables[i] if any(line[k] != str(key[k]) for k in KEY)] + found[i]
+                    if tables[i]:
+                        train.save_log(paths[i], tables[i])
             except train.Problem as problem:
                 failed += 1
                 tqdm.write(f"{futures[future]['data']} {futures[future]['variant']}: {problem}")
-    except KeyboardInterrupt:
+    except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # once is enough
         for worker in multiprocessing.active_children():    # and each ends what it has called
             worker.terminate()
         pool.shutdown(cancel_futures=True)
         raise
-    if not args.network and args.data[0] in networks:
-        keep_features(args, args.data[0], networks[args.data[0]])
+    if not args.network:
+        for data, known_network in networks.items():
+            keep_features(args, data, known_network)
     if failed:
         raise train.Problem(f"{failed} runs failed; put right what they say and give the same command again")
 

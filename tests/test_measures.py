@@ -269,7 +269,7 @@ def climb(tmp_path, network):
     done = subprocess.run([*CLIMB, network], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = {}
-    for name in ("runs", "blocks", "routers"):
+    for name in ("runs", "blocks", "routers", "real"):
         with open(tmp_path / "ladder" / f"{name}.csv", newline="") as file:
             tables[name] = sorted(csv.DictReader(file), key=str)
     return done.stdout, tables
@@ -295,6 +295,11 @@ def test_ladder_of_notebook_10_runs_resumes_and_repeats_itself(tmp_path, network
         assert float(line["held_out_loss"]) == pytest.approx(np.mean(bands), rel=1e-4)
     for line in first["routers"]:
         assert 1 <= float(line["perplexity"]) <= int(line["choices"]) and 0 <= float(line["shuffles_as_high"]) <= 1
+        assert 1 <= int(line["favourites"]) <= 10 and 1 <= float(line["favourites_shuffled"]) <= 10
+        start = {"projection": None, "kernel": 3, "differential": 0.01}[line["router"].split(".")[0]]       # of two steps
+        assert line["value"] == "" if start is None else float(line["value"]) == pytest.approx(start, abs=0.01)
+    assert [(line["data"], line["samples"]) for line in first["real"]] == [("shapes", "20")]
+    assert 0 < float(first["real"][0]["FID"]) < min(float(line["cfg1_FID"]) for line in first["runs"])
     says, again = climb(tmp_path, network)
     assert "2 runs are in" in says and "0 are to do" in says and again == first
     train.save_log(tmp_path / "ladder" / "runs.csv", [line for line in first["runs"] if "dit" in line["variant"]])
