@@ -744,7 +744,7 @@ def test_bad_wishes_for_samples_are_named(run, argv, message):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size there")
-def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path):
+def test_endurance_of_a_disk_that_fills(tmp_path):
     """The disk fills at some byte of the checkpoint: the process may write no larger files than that."""
     import resource
     args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
