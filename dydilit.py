@@ -319,7 +319,7 @@ class TokenDifferential(nn.Module):
 
     def forward(self, q, k, q_red, k_red, v, n_heads=1):
         """q, k, q_red, k_red: (B, N, d), kernelized; v: (B, N, d). Returns (B, N, d), at least float32."""
-        lambda_q = (self.router_q(q, q_red)[1] @ self.lambdas)[:, None, :, None]            # (B, 1, N, 1)
+        lambda_q = (self.router_q(q, q_red)[1] @ self.lambdas)[:, None, :, None]            # Eq. 7, (B, 1, N, 1)
         if self.paradigm == "token":
             lambda_k = (self.router_k(k, k_red)[1] @ self.lambdas)[:, None, :, None]
         q, k, q_red, k_red, v = (split_heads(t, n_heads) for t in (q, k, q_red, k_red, v))  # (B, h, N, d/h)

@@ -355,9 +355,15 @@ def main():
 
 def climb(args):
     """Makes the runs that OUT's tables lack."""
-    paths = [pathlib.Path(args.out) / f"{name}.csv" for name in ("runs", "blocks", "routers", "real")]
-    tables, todo = [read(path) for path in paths], []
-    done = {tuple(line[k] for k in KEY) for line in tables[0]}
+    out, todo = pathlib.Path(args.out), []
+    tables = {name: read(out / f"{name}.csv") for name in ("runs", "blocks", "routers", "real")}
+    done = {tuple(line[k] for k in KEY) for line in tables["runs"]}
+
+    def add(name, lines):
+        tables[name] += map(rounded, lines)
+        if tables[name]:
+            train.save_log(out / f"{name}.csv", tables[name])
+
     for seed in range(args.seeds):                          # the first seed of everything comes first
         for data in args.data:
             known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
@@ -368,13 +374,12 @@ def climb(args):
                            sampling_steps=args.sampling_steps, network=args.network or "classifier")
                 if tuple(str(key[k]) for k in KEY) not in done:
                     todo.append((key, extra))
-    print(f"{len(done)} runs are in {paths[0]}, {len(todo)} are to do")
-    unmeasured = set(args.data) - {line["data"] for line in tables[3] if
+    print(f"{len(done)} runs are in {out / 'runs.csv'}, {len(todo)} are to do")
+    unmeasured = set(args.data) - {line["data"] for line in tables["real"] if
                                    (line["samples"], line["network"]) == (str(args.samples), args.network or "classifier")}
     networks = {data: prepare(args, data) for data in unmeasured | {key["data"] for key, _ in todo}}
     for data in sorted(unmeasured):
-        tables[3].append(rounded(yardstick(args, data, networks[data])))
-        train.save_log(paths[3], tables[3])
+        add("real", [yardstick(args, data, networks[data])])
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.workers))
     signal.signal(signal.SIGTERM, stop)
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal,
@@ -383,11 +388,11 @@ def climb(args):
     try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
             try:
-                found, key = [[*map(rounded, lines)] for lines in future.result()], futures[future]
-                for i in (2, 1, 0):                         # runs.csv last: its line says that the others are there
-                    tables[i] = [line for line in tables[i] if any(line[k] != str(key[k]) for k in KEY)] + found[i]
-                    if tables[i]:
-                        train.save_log(paths[i], tables[i])
+                run, *parts = zip(("runs", "blocks", "routers"), future.result())
+                for name, lines in (*parts, run):           # runs.csv last: its line says that the others are there
+                    tables[name] = [line for line in tables[name]       # what a kill had left there of this run
+                                    if any(line[k] != str(futures[future][k]) for k in KEY)]
+                    add(name, lines)
             except train.Problem as problem:
                 failed += 1
                 tqdm.write(f"{futures[future]['data']} {futures[future]['variant']}: {problem}")
