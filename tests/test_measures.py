@@ -12,11 +12,9 @@ import torch
 
 import dydilit
 import train
+from lab import ladder, measures
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
-import ladder  # noqa: E402
-import measures  # noqa: E402
 
 MODELS = [*(overrides for _, overrides in dydilit.LADDER), dict(differential="map"), dict(normalizer="rms"),
           dict(normalizer="none", n_heads=2), dict(dydilit.LADDER[0][1], n_heads=4), dict(attention="softmax", n_heads=4)]
@@ -217,7 +215,7 @@ def test_bad_input_is_named_in_one_line(tmp_path, argv, says):
     npz(tmp_path / "floats.npz", images / 2, labels)
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "pickle.npz", arr_0=np.array([{"a": 1}] * 5, dtype=object), arr_1=labels[:5])
-    done = subprocess.run([sys.executable, NOTEBOOKS / "measures.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, NOTEBOOKS / "lab/measures.py", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("measures.py: ") and says in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -261,7 +259,7 @@ def test_tables_take_lines_of_runs_with_more_or_fewer_measures(tmp_path):
 
 
 TINY = "dim=16,depth=2,batch_size=4"
-CLIMB = [sys.executable, NOTEBOOKS / "ladder.py", "--seeds", "1", "--steps", "2", "--samples", "20", "--sampling-steps", "2",
+CLIMB = [sys.executable, NOTEBOOKS / "lab/ladder.py", "--seeds", "1", "--steps", "2", "--samples", "20", "--sampling-steps", "2",
          "--workers", "2", "--out", "ladder", "--variants", f"rung6:{TINY}", f"dit:{TINY}", "--network"]
 
 

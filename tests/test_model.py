@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import dydilit
-from dydilit import LADDER, MODELS, ModelConfig, build_model, count_macs
+from dydilit import LADDER, MODELS, ModelConfig, build_model
+from lab.cost import PAPER_GFLOPS, count_macs
 
 TINY = dict(dim=32, depth=2, image_size=64, n_classes=5)
 
@@ -268,7 +269,7 @@ def test_compiles_to_one_graph_with_the_same_outputs_and_gradients(name, overrid
 
 # ---- cost ----
 
-@pytest.mark.parametrize("name, overrides, printed", [row for row in dydilit.PAPER_GFLOPS if row[2]])
+@pytest.mark.parametrize("name, overrides, printed", [row for row in PAPER_GFLOPS if row[2]])
 def test_gflops_of_the_papers_tables(name, overrides, printed):
     with torch.device("meta"):
         model = build_model(name, **overrides)

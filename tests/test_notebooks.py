@@ -8,9 +8,9 @@ import sys
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-from execute import HERE, NOTEBOOKS, execute, stamp  # noqa: E402
+from lab.execute import HERE, NOTEBOOKS, execute, stamp
+
+ROOT = HERE.parent
 
 WRONG = """
 sound = {name}
@@ -73,7 +73,7 @@ class TestNotebook:
         cells = code_cells(committed(path))
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
         for cell in cells:
-            assert cell.metadata.get("executed") == stamp(cell), f"run notebooks/execute.py: changed since\n{cell.source}"
+            assert cell.metadata.get("executed") == stamp(cell), f"run notebooks/lab/execute.py: changed since\n{cell.source}"
 
     def test_committed_outputs_hold_no_path_warning_or_trail(self, path):
         for cell in code_cells(committed(path)):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import dydilit
 from dydilit import GaussianDiffusion, ModelConfig
+from lab import cost
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 many = pytest.mark.parametrize("seed", range(12))
@@ -210,7 +211,7 @@ def test_models_of_any_configuration(seed):
         assert model.float()(x.float(), t, y).dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             assert model(x.float(), t, y).isfinite().all()
-    counts = dydilit.count_macs(model)
+    counts = cost.count_macs(model)
     assert all(value >= 0 for parts in counts.values() for value in parts.values())
     assert sum(counts["honest"].values()) > 0 and set(counts["honest"]) == set(counts["paper"])
 

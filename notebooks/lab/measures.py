@@ -1,7 +1,7 @@
 """Measures of generated images: FID, sFID, KID, sKID, Inception Score, improved precision and recall.
 
-    python notebooks/measures.py SAMPLES.npz REFERENCE.npz                  features of a classifier trained on REFERENCE
-    python notebooks/measures.py SAMPLES.npz REFERENCE.npz --network FILE   features of a network that you bring
+    python notebooks/lab/measures.py SAMPLES.npz REFERENCE.npz                  features of a classifier trained on REFERENCE
+    python notebooks/lab/measures.py SAMPLES.npz REFERENCE.npz --network FILE   features of a network that you bring
 
 Both are what `train.py sample --num` and `train.py reference` write: arr_0 uint8 (M, H, W, 3), arr_1 labels (M,).
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import train  # noqa: E402
 
 # ---- The measures, on features --------------------------------------------------------------------------------------

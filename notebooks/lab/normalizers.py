@@ -1,6 +1,6 @@
 """Which denominator should Eq. 8 have? Trains the small model with each, on the same images and noise.
 
-    python tests/compare_normalizers.py --data cifar10 --data-dir DIR > normalizers.csv
+    python notebooks/lab/normalizers.py --data cifar10 --data-dir DIR > normalizers.csv
 
 Prints, per seed and normalizer, the loss on held-out images with fixed noise and the largest gradient norm on the way.
 "differenced" is Eq. 4's denominator over the *differenced* tokens: the library does not offer it, and this shows why.
@@ -12,7 +12,7 @@ import sys
 import torch
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Runs the notebooks from fresh kernels and keeps what they show.
 
-    python notebooks/execute.py [notebooks/01_linear_attention.ipynb ...]
+    python notebooks/lab/execute.py [notebooks/01_linear_attention.ipynb ...]
 
 All of them without a name. A notebook that fails is left as it was. Prints the seconds that each took.
 """
@@ -12,7 +12,7 @@ import time
 import nbformat
 from nbclient import NotebookClient
 
-HERE = pathlib.Path(__file__).resolve().parent
+HERE = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
 
 

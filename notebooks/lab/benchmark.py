@@ -1,21 +1,23 @@
 """How long things take beside each other. The sides alternate in one process; ratios of medians, no absolute promises.
 
-    python notebooks/benchmark.py                  everything, 20 to 30 minutes on two CPU cores
-    python notebooks/benchmark.py step routed      of: step, compiled, routed, length, resolution, guidance, memory
+    python notebooks/lab/benchmark.py                  everything, 20 to 30 minutes on two CPU cores
+    python notebooks/lab/benchmark.py step routed      of: step, compiled, routed, length, resolution, guidance, memory
 
 On a GPU the training steps run in BF16 autocast, and the card's name, images per second, the share of its peak and the
 largest micro-batch that fits are reported, too.
 """
 import gc
+import pathlib
 import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from helpers import Allocations, median_ms, train
-from ladder import honest_macs
-
-import dydilit
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import dydilit  # noqa: E402
+import train  # noqa: E402
+from lab.helpers import Allocations, median_ms  # noqa: E402
+from lab.ladder import honest_macs  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 PEAK_TFLOPS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}     # dense BF16, datasheets

@@ -1,9 +1,9 @@
 """Trains, samples and measures the variants that the paper's tables compare, with seeds: the data of notebook 10.
 
-    python notebooks/ladder.py --data shapes                                            the built-in set
-    python notebooks/ladder.py --data cifar10 --data-dir DIR                            CIFAR-10, or files in its layout
-    python notebooks/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
-    python notebooks/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
+    python notebooks/lab/ladder.py --data shapes                                            the built-in set
+    python notebooks/lab/ladder.py --data cifar10 --data-dir DIR                            CIFAR-10, or files in its layout
+    python notebooks/lab/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
+    python notebooks/lab/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
 
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
-import measures  # noqa: E402
 import train  # noqa: E402
+from lab import cost, measures  # noqa: E402
 
 GUIDANCES = (1, 4)              # Table 1's scales; Tables 4 to 6 are at 4
 BANDS = 10                      # of timesteps
@@ -46,7 +46,7 @@ KEY = ("data", "model", "variant", "seed", "steps", "samples", "sampling_steps",
 def honest_macs(model, **overrides):
     """Multiply-accumulates of a forward pass, all that run."""
     with torch.device("meta"):
-        return sum(dydilit.count_macs(dydilit.build_model(model, **overrides))["honest"].values())
+        return sum(cost.count_macs(dydilit.build_model(model, **overrides))["honest"].values())
 
 
 def equal_macs(model, base, **overrides):
@@ -232,7 +232,7 @@ def one_run(args, key, train_flags, known_network):
     blocks, routers = look_inside(model, data)
     last = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
     row = dict(key, dim=model.cfg.dim, depth=model.cfg.depth, parameters=sum(p.numel() for p in model.parameters()),
-               honest_gmacs=sum(dydilit.count_macs(model)["honest"].values()) / 1e9, images=last[-1]["images"],
+               honest_gmacs=sum(cost.count_macs(model)["honest"].values()) / 1e9, images=last[-1]["images"],
                train_loss=float(last[-1]["loss"]), max_grad_norm=max(float(line["grad_norm"]) for line in last),
                held_out_loss=float(np.mean(losses)), **{f"band{b}": loss for b, loss in enumerate(losses)})
     network, real = known_network

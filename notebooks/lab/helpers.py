@@ -1,8 +1,6 @@
 """What the notebooks share: the way to dydilit.py, plots, timing, and the check of answers. Nothing of the method."""
 import math
-import pathlib
 import statistics
-import sys
 import time
 import weakref
 
@@ -14,9 +12,8 @@ from matplotlib.patches import Rectangle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import train  # noqa: E402
-from measures import row_entropy, row_variance  # noqa: E402, F401
+import train
+from lab.measures import row_entropy, row_variance  # noqa: F401
 
 if torch.cuda.is_available():
     torch.set_default_device("cuda")        # every tensor that a notebook makes is made there
