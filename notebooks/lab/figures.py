@@ -70,7 +70,7 @@ def show_picture(ax, picture, side=spine.SIDE, grey=False):
     pixels = array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1)
     if grey:
         pixels = (0.35 + 0.6 * pixels.mean(axis=2, keepdims=True)).repeat(3, axis=2)
-    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
+    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="bilinear")
     clear(ax)
 
 
