@@ -18,8 +18,8 @@ Shapes: B images, N tokens (the patches of an image, row by row), d the width of
 An equation without weights is a function. An equation with weights is a module that calls it.
 
 The transformer's shell (patches, embeddings, AdaLN-Zero, softmax attention, final layer) has the
-parameter names and conventions of facebookresearch/DiT (Peebles & Xie 2023), so that DiT's
-checkpoints load into the DiT-* models. Mix-FFN and the ReLU baseline follow Sana (Xie et al. 2025).
+parameter names and conventions of facebookresearch/DiT (Peebles & Xie 2023). DiT-XL/2's checkpoint
+loads at dim=1152, depth=28, n_heads=16. Mix-FFN and the ReLU baseline are Sana's (Xie et al. 2025).
 """
 import dataclasses
 import math
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 # ---- Attention (Eq. 3-4) -------------------------------------------------------------------------
 
-EPS = 1e-12  # A token without a positive entry attends to nothing: 0 / EPS instead of 0 / 0.
+EPS = 1e-12  # A query without any similarity attends to nothing: 0 / EPS is 0, and 0 / 0 is not.
 
 
 def softmax_attention(q, k, v):
@@ -47,7 +47,7 @@ def at_least_float32(x):
 def attention_product(q, k, v):
     """q k^T v, at least in float32, also under autocast. The cheaper order is taken.
 
-    (q k^T) v costs 2 N^2 d multiply-accumulates and q (k^T v) costs 2 N d^2.
+    With e = d, (q k^T) v costs 2 N^2 d multiply-accumulates and q (k^T v) costs 2 N d^2.
     q, k: (..., N, d); v: (..., N, e). Returns (..., N, e)."""
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
@@ -81,14 +81,14 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)
 
 
-# ---- Routing (Eq. 1). The same choice serves Eq. 6 and Eq. 7. ------------------------------------
+# ---- Routing (Eq. 1). Eq. 6 and Eq. 7 route in the same way, with routers of their own. ----------
 
 class Router(nn.Module):
-    """Eq. 1. It sends each token to the one of n choices with the largest score X_i R.
+    """Eq. 1. Each token takes the one of n choices whose score in X_i R is the largest.
 
     arg max has no gradient, and the paper names no estimator. This one is the straight-through
-    softmax (Bengio et al. 2013). Scores are float32 also under autocast, so that near ties do not
-    flip with the precision. weight: (n, d), the transpose of the paper's R."""
+    softmax (Bengio et al. 2013). Scores are computed in float32 also under autocast, so that their
+    own rounding does not change the choice. weight: (n, d), the transpose of the paper's R."""
 
     def __init__(self, dim, n):
         super().__init__()
@@ -120,16 +120,16 @@ def routed_linear(x, weight, index):
     groups = x.index_select(0, order)
     counts = F.one_hot(index, len(weight)).sum(dim=0)       # (n,) tokens of each projector
     if has_grouped_mm(x):
-        ends = counts.cumsum(dim=0).int()
+        ends = counts.cumsum(dim=0).int()                   # where each group ends
         y = F.grouped_mm(groups.bfloat16(), weight.bfloat16(), offs=ends)
     else:
-        groups = groups.split(counts.tolist())
-        y = torch.cat([group @ projector for group, projector in zip(groups, weight)])
-    return y.index_select(0, order.argsort())
+        parts = groups.split(counts.tolist())
+        y = torch.cat([part @ projector for part, projector in zip(parts, weight)])
+    return y.index_select(0, order.argsort())               # argsort inverts the permutation
 
 
 def has_grouped_mm(x):
-    """Whether the GPU (Hopper or later) multiplies all groups in one call, in bfloat16."""
+    """Whether one call can multiply all groups: bfloat16 autocast on a Hopper GPU or later."""
     return (x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 9
             and torch.is_autocast_enabled("cuda") and hasattr(F, "grouped_mm")
             and torch.get_autocast_dtype("cuda") == torch.bfloat16 and x.shape[-1] % 8 == 0)
@@ -138,7 +138,7 @@ def has_grouped_mm(x):
 class DynamicProjection(nn.Module):
     """Eq. 1-2. Two banks of n_projectors d x d projectors, one for Q' and one for K'.
 
-    Each has its router. On rung 4 of Table 4 nothing is redundant, and Q and K are routed."""
+    Each bank has a router. On rung 4 of Table 4 (see LADDER) the results replace Q and K."""
 
     def __init__(self, dim, n_projectors):
         super().__init__()
@@ -154,8 +154,8 @@ class DynamicProjection(nn.Module):
         for router, weight in [(self.router_q, self.weight_q), (self.router_k, self.weight_k)]:
             index, choice = router(x)                                       # (B, N), (B, N, n)
             y = routed_linear(x.flatten(0, 1), weight, index.flatten()).view(x.shape)
-            # The chosen entry is 1. It changes nothing forward, and brings the router its gradient
-            # backward. The other entries would need the projectors that were not used.
+            # The gate is 1 forward. Backward, it brings the router the gradient of the chosen entry
+            # alone, because the others would need the outputs of projectors that did not run.
             gate = choice.gather(-1, index.unsqueeze(-1))                   # (B, N, 1)
             pair.append(y * gate.to(y.dtype))
         return pair
@@ -171,21 +171,21 @@ def focused_kernel(z, gamma):
     z: (..., d), finite; gamma: a number, or a tensor (..., 1) with one positive power per token.
     Returns (..., d), at least in float32."""
     z = at_least_float32(z)
-    # The kernel commutes with positive factors. With the largest entry at 1 no power overflows.
+    # Eq. 5 scales with its token, so a constant scale cancels out. It keeps powers from overflow.
     largest = z.detach().amax(dim=-1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1)
     z = F.relu(z / scale)
-    # z^gamma. The logarithm of 0 is kept finite, so that its product with a gradient of 0 is 0.
-    power = (gamma * z.log2().clamp_min(-1e30)).exp2()
+    # z^gamma. Zeros are kept out of the logarithm, whose gradient there is not finite.
+    power = torch.where(z > 0, (gamma * torch.where(z > 0, z, 1).log2()).exp2(), 0)
     norm, power_norm = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (z, power))
-    return power * (norm / power_norm.clamp_min(1) * scale)                 # below 1 for zeros only
+    return power * (norm / power_norm.clamp_min(1) * scale)         # power_norm < 1 only if z is 0
 
 
 class DynamicMeasureKernel(nn.Module):
     """Eq. 6. A bank of learnable powers gamma, from which each token picks one.
 
-    Each of the sets Q, K, Q', K' has a router of its own. The bank is shared by the sets of a
-    block. Kernels act on whole d-wide tokens, before any split into heads."""
+    Each set (Q, K, Q', K') has its own router, and all share one bank. The powers start equal, so
+    a router has no gradient before they differ. Kernels act on whole tokens, before any heads."""
 
     def __init__(self, dim, n_gammas, n_sets, gamma_init=3.0):
         super().__init__()
@@ -224,9 +224,9 @@ def map_differential(q, q_red, k, k_red, v, lambda_map):
 class TokenDifferential(nn.Module):
     """Eq. 7-8. Each query and each key picks a factor lambda, and attention uses the differences.
 
-    paradigm="map" is Eq. 10 instead, where the query router alone picks lambda_map.
-    normalizer: "none" is Eq. 8 as printed. "length" divides by N. "rms" brings every output token
-    to root mean square 1. "mass" divides by Eq. 4's denominator for the undifferenced tokens."""
+    paradigm="map" is Eq. 10, where only the queries pick a factor. Eq. 8 divides by nothing, and
+    that is normalizer="none". Ours: "length" divides by N, "rms" sets each output token's root mean
+    square to 1, and the default "mass" divides by Eq. 4's denominator of Q and K (floored_mass)."""
 
     def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token", normalizer="mass"):
         super().__init__()
@@ -258,14 +258,14 @@ class TokenDifferential(nn.Module):
         return pick(choice, self.lambdas).unsqueeze(1)
 
     def floored_mass(self, q, k, q_red, k_red, lambda_q, lambda_k):
-        """The mass of Q and K, or a tenth of that with the redundancy added, if it is larger.
+        """Eq. 4's denominator for Q and K, but at least a tenth of the one with Q', K' added.
 
-        Without this floor, a nearly zero query would be divided by nearly nothing. (B, h, N, 1)."""
+        The tenth is our choice. It matters where Q is near zero and Q' is not. (B, h, N, 1)."""
         mass = attention_mass(q, k)
         with torch.no_grad():
             if self.paradigm == "token":
-                keys = (k + lambda_k.abs() * k_red).sum(dim=-2, keepdim=True)
-                total = attention_mass(q, keys) + lambda_q.abs() * attention_mass(q_red, keys)
+                keys = (k + lambda_k.abs() * k_red).sum(dim=-2, keepdim=True)   # (B, h, 1, d/h)
+                total = attention_mass(q + lambda_q.abs() * q_red, keys)
             else:
                 total = mass + lambda_q.abs() * attention_mass(q_red, k_red)
         return torch.maximum(mass, total / 10)
@@ -274,7 +274,7 @@ class TokenDifferential(nn.Module):
 # ---- Re-parameterized depth-wise convolution (the second term of Eq. 9) --------------------------
 
 def depthwise(x, weight, bias=None):
-    """Depth-wise convolution, zero-padded, of tokens (B, N, C) on their square grid."""
+    """Depth-wise 3x3 convolution of tokens (B, N, C) on a square grid. ValueError for another N."""
     b, n, c = x.shape
     side = math.isqrt(n)
     if side * side != n:
@@ -288,7 +288,7 @@ class ReparamDWConv(nn.Module):
     """DWC(V) of Eq. 9. Depth-wise 3x3, 1x3 and 3x1 branches that add up (ACNet, Ding et al. 2019).
 
     Convolution is linear, so the sum of the branches is one convolution with the sum of their
-    kernels. There is no batch normalization as in ACNet, because it would mix noise levels."""
+    kernels. Unlike ACNet, there is no batch normalization, since a batch has many noise levels."""
 
     def __init__(self, dim):
         super().__init__()
@@ -304,7 +304,7 @@ class ReparamDWConv(nn.Module):
         return self.weight_3x3 + wide + tall
 
     def fuse(self):
-        """Replaces the branches by their one 3x3 kernel, in place, for inference."""
+        """Replaces the branches by their 3x3 kernel, in place. It changes the state dict."""
         self.weight_3x3 = nn.Parameter(self.kernel().detach())
         self.weight_1x3 = self.weight_3x1 = None
 
@@ -326,7 +326,7 @@ class ModelConfig:
     patch_size: int = 2
     dim: int = 384                      # d, width of a token
     depth: int = 9                      # L, number of blocks
-    n_heads: int = 1                    # 1 for linear attention, as the paper's GFLOPs show
+    n_heads: int = 1                    # 1 for linear attention, read off the GFLOPs
     attention: str = "linear"           # "softmax": DiT's attention and MLP; "linear": the rest
     kernel: str = "dynamic"             # "relu": Sana; "focused": Eq. 5; "dynamic": Eq. 6
     dynamic_projection: bool = True     # Eq. 1-2, for Q', K'; without a differential for Q, K
@@ -349,23 +349,24 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig: {name}={value!r} is not one of {choices[name]}")
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"ModelConfig: {name}={value!r} is not a positive integer")
-        self.gamma_init, self.label_dropout = float(self.gamma_init), float(self.label_dropout)
-        first, last = map(float, self.lambda_init)
-        self.lambda_init = first, last                                      # a list after JSON
+            if field.type is float and not (isinstance(value, (int, float)) and value >= 0):
+                raise ValueError(f"ModelConfig: {name}={value!r} is not a number from 0 on")
+        if not isinstance(self.lambda_init, (list, tuple)) or len(self.lambda_init) != 2:
+            raise ValueError(f"ModelConfig: lambda_init={self.lambda_init!r} is not two numbers")
+        self.lambda_init = tuple(map(float, self.lambda_init))              # JSON makes it a list
         self.input_size = self.image_size // self.vae_factor                # of what is denoised
         if self.image_size % (self.vae_factor * self.patch_size):
             raise ValueError(f"ModelConfig: image_size={self.image_size} is not a multiple of "
                              f"vae_factor x patch_size = {self.vae_factor} x {self.patch_size}")
         if self.dim % 4 or self.dim % self.n_heads:                         # 4 for the positions
-            raise ValueError(f"ModelConfig: dim={self.dim} is not a multiple of 4 and of "
-                             f"n_heads={self.n_heads}")
+            raise ValueError(f"ModelConfig: {self.dim=} is not a multiple of 4 and {self.n_heads=}")
         if self.differential != "none" and not self.dynamic_projection:
             raise ValueError(f"ModelConfig: differential={self.differential!r} subtracts what the "
                              "dynamic projection predicts, so it needs dynamic_projection=True")
 
 
 class DyDiLA(nn.Module):
-    """Eq. 9, O = TDO(.) + DWC(V), and the output projection. (B, N, d) -> (B, N, d).
+    """O = TDO(.) + DWC(V) of Eq. 9, then an output projection. (B, N, d) -> (B, N, d).
 
     With fewer parts, by configuration, it is a lower rung of Table 4, down to Sana's attention."""
 
@@ -373,7 +374,7 @@ class DyDiLA(nn.Module):
         super().__init__()
         self.cfg, d = cfg, cfg.dim
         has_redundancy = cfg.differential != "none"
-        routes_qk = cfg.dynamic_projection and not has_redundancy           # rung 4: no shared Q, K
+        routes_qk = cfg.dynamic_projection and not has_redundancy           # rung 4 of Table 4
         self.qkv = nn.Linear(d, d if routes_qk else 3 * d, bias=False)      # W_0, no bias (Sana)
         self.projection = self.kernel = self.differential = self.dwc = None
         if cfg.dynamic_projection:
@@ -476,7 +477,7 @@ class Block(nn.Module):
 
 
 def block_parts(cfg, i):
-    """Attention and feed-forward network of block i. build_model takes others as `parts`."""
+    """Attention and feed-forward network of block i. build_model(parts=...) replaces it."""
     if cfg.attention == "softmax":
         return SoftmaxAttention(cfg.dim, cfg.n_heads), Mlp(cfg.dim)
     first, last = cfg.lambda_init
@@ -564,7 +565,7 @@ class DyDiLiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's initialization. Routers, banks and convolutions define their own."""
+        """DiT's initialization of every nn.Linear. Banks and convolutions define their own."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -583,8 +584,8 @@ class DyDiLiT(nn.Module):
     def forward(self, x, t, y):
         """x: (B, C, S, S), noisy input; t: (B,), timesteps 0..999; y: (B,), classes.
 
-        The class n_classes means "no class". Returns (B, 2C, S, S), the noise and then where the
-        variance lies between its bounds, -1 to 1. ValueError for an input of another size."""
+        The class n_classes means "no class". Returns (B, 2C, S, S): the noise, then the variance's
+        place between its two bounds, from -1 to 1. ValueError for an input of another size."""
         expected = (self.cfg.in_channels, self.cfg.input_size, self.cfg.input_size)
         if x.shape[1:] != expected:
             raise ValueError(f"DyDiLiT: the input is {tuple(x.shape[1:])} and not {expected}")
@@ -631,7 +632,7 @@ LADDER = [
     ("+ re-parameterization", dict()),
 ]
 
-MODELS = {
+MODELS = {  # The paper's sizes. Its DiT-B/2 and DiT-L/2 are smaller than facebookresearch's.
     "DiT-S/2": dict(attention="softmax", dim=384, depth=12, n_heads=6),
     "DiT-B/2": dict(attention="softmax", dim=512, depth=12, n_heads=8),
     "DiT-L/2": dict(attention="softmax", dim=768, depth=12, n_heads=12),
@@ -657,7 +658,7 @@ def build_model(name, parts=block_parts, **overrides):
 # ---- The diffusion (Sec. 4.1) --------------------------------------------------------------------
 
 def respaced_timesteps(n_timesteps, steps):
-    """`steps` of 0..n_timesteps-1, evenly spaced with both ends, or the last alone."""
+    """steps of 0..n_timesteps-1, evenly spaced with both ends; 1 is the last. Else ValueError."""
     if not 1 <= steps <= n_timesteps:
         raise ValueError(f"sampling steps: {steps} is not in 1..{n_timesteps}")
     if steps == 1:
@@ -677,7 +678,6 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
     The end bins reach to infinity. The distribution function is DiT's tanh approximation."""
     def cdf(z):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
-
     upper = cdf((x - mean + 1 / 255) * (-log_std).exp())
     lower = cdf((x - mean - 1 / 255) * (-log_std).exp())
     p = torch.where(x < -0.999, upper, upper - lower)
