@@ -136,13 +136,6 @@ def test_router_gradient_is_straight_through_softmax():
     torch.testing.assert_close(router.weight.grad, expected)
 
 
-def test_router_of_parts_is_router_of_their_concatenation():
-    router = dydilit.Router(2 * D, 3).double()
-    a, b = tensors(2)
-    for one, other in zip(router(a, b), router(torch.cat([a, b], dim=1))):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("dtype, d", [(torch.float32, 8), (torch.float64, 8), (torch.float32, 5)])
 @pytest.mark.parametrize("index", [[2, 0, 2, 1, 0, 2, 2], [1] * 7, [2] * 7], ids=["all", "one", "last"])
 def test_routed_linear_uses_each_tokens_own_projector(dtype, d, index):
@@ -165,22 +158,25 @@ def test_routed_linear_costs_one_projector_per_token_and_no_matrix_per_token():
                 self.largest = max(self.largest, out.numel())
             return out
     x, index = torch.randn(64, 16), torch.randint(0, 5, (64,))
-    with torch.profiler.profile(with_flops=True) as profile:
-        dydilit.routed_linear(x.double(), torch.randn(5, 16, 16).double(), index)   # slices, of which it counts each
-    assert sum(event.flops for event in profile.key_averages()) / 2 == 64 * 16 * 16
+    with FlopCounterMode(display=False) as counter:
+        dydilit.routed_linear(x, torch.randn(5, 16, 16), index)
+    assert counter.get_total_flops() / 2 == 64 * 16 * 16
     with Watch() as watch:
         dydilit.routed_linear(x, torch.randn(5, 16, 16), index)
     assert watch.largest <= max(64 * 16, 5 * 16 * 16)
 
 
-@pytest.mark.parametrize("dtype, d", [(torch.float32, 8), (torch.bfloat16, 8), (torch.float64, 8), (torch.float32, 5)])
-def test_grouped_mm_keeps_pytorchs_rules_for_operators(dtype, d):
-    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
-    a, b = torch.randn(7, d, dtype=dtype, requires_grad=True), torch.randn(3, d, d, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(dydilit.grouped_mm, (a, b, ends))
-    torch.library.opcheck(dydilit.grouped_mm, (a, torch.randn(7, d, dtype=dtype, requires_grad=True), ends))
-    if dtype == torch.float64:
-        assert torch.autograd.gradgradcheck(lambda a, b: dydilit.grouped_mm(a, b, ends), (a, b))
+def test_the_gpus_grouped_product_is_the_loop_over_projectors(monkeypatch):
+    """Here it runs on the CPU, where PyTorch has it too. The values are small integers, so that bfloat16 is exact."""
+    x, weight = (torch.randint(-4, 5, shape).float().requires_grad_() for shape in [(7, 16), (3, 16, 16)])
+    index, results = torch.tensor([2, 0, 2, 2, 0, 2, 2]), []            # nobody chose projector 1
+    for grouped in (False, True):
+        monkeypatch.setattr(dydilit, "has_grouped_mm", lambda x: grouped)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = dydilit.routed_linear(x, weight, index)
+        results.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
+    for loop, one_call in zip(*results):
+        assert loop.dtype == one_call.dtype and torch.equal(loop, one_call)
 
 
 def test_dynamic_projection_is_eq_2():
@@ -211,32 +207,72 @@ def test_dynamic_projection_router_learns_from_the_chosen_projector():
 
 # ---- Eq. 5-6 ----
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0, 8.5])
-def test_focused_kernel_is_eq_5(gamma):
-    z, = tensors(1)
-    torch.testing.assert_close(dydilit.focused_kernel(z, gamma), focused_loop(z, gamma))
+GAMMAS = [0.2, 0.5, 0.9, 1.0, 1.45, 3.0, 5.0]
+
+
+def printed_eq_5(z, gamma):
+    """The formula as printed, entry by entry, in operations that autograd differentiates. z: (N, d); gamma: (N, 1)."""
+    rows = []
+    for token, g in zip(z, gamma[:, 0]):
+        entries = [x if x > 0 else x * 0 for x in token]                # ReLU
+        powers = [x ** g if x > 0 else x for x in entries]
+        norm = sum(x * x for x in entries if x > 0) ** 0.5
+        power_norm = sum(x * x for x in powers if x > 0) ** 0.5
+        rows.append(torch.stack([x / power_norm * norm if x > 0 else x for x in powers]))
+    return torch.stack(rows)
+
+
+def test_printed_eq_5_is_the_loop():
+    z, gamma = tensors(1)[0], torch.full((N, 1), 2.5, dtype=torch.float64)
+    torch.testing.assert_close(printed_eq_5(z, gamma), focused_loop(z, gamma))
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_focused_kernel_and_its_gradients_are_those_of_eq_5(gamma):
+    for dtype, close in [(torch.float64, dict(rtol=1e-9, atol=1e-12)), (torch.float32, dict(rtol=2e-4, atol=1e-5))]:
+        z = torch.randn(N, D, dtype=torch.float64)
+        z[0, :2], z[1] = torch.tensor([-1.0, 0.0]), -z[1].abs()         # an exact zero, and a token without a positive entry
+        gammas, upstream = torch.full((N, 1), gamma, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
+        results = []
+        for function, kind in [(printed_eq_5, torch.float64), (dydilit.focused_kernel, dtype)]:
+            leaves = [t.to(kind).requires_grad_() for t in (z, gammas)]
+            out = function(*leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream.to(kind))])
+        for want, got in zip(*results):
+            torch.testing.assert_close(got.double(), want, **close)
+        assert (results[1][1][z <= 0] == 0).all() and (results[1][0][z <= 0] == 0).all()
 
 
 def test_focused_kernel_takes_a_power_per_token():
-    z, gamma = tensors(1)[0], torch.rand(N, 1, dtype=torch.float64) * 5 + 0.5
+    z, gamma = tensors(1)[0], torch.rand(N, 1, dtype=torch.float64) * 5 + 0.2
     torch.testing.assert_close(dydilit.focused_kernel(z, gamma), focused_loop(z, gamma))
+    assert torch.autograd.gradcheck(dydilit.focused_kernel, (z.requires_grad_(), gamma.requires_grad_()))
 
 
-def test_focused_kernel_gradient():
-    z = tensors(1)[0].requires_grad_()
-    for gamma in (torch.rand(N, 1, dtype=torch.float64) * 5 + 0.5, torch.tensor(2.5, dtype=torch.float64)):
-        assert torch.autograd.gradcheck(dydilit.focused_kernel, (z, gamma.requires_grad_()))
-
-
-@pytest.mark.parametrize("scale", [3e38, 1e30, 1e4, 1, 1e-4, 1e-30, 1e-38, 1e-44])
+@pytest.mark.parametrize("scale", [1e30, 1e4, 1, 1e-4, 1e-30])
 def test_focused_kernel_is_finite_and_norm_preserving_at_any_scale(scale):
-    z = (torch.randn(6, 64).clamp(-1, 1) * scale).requires_grad_()
-    gamma = torch.tensor([0.2, 0.5, 1, 3, 10, 50]).unsqueeze(1).requires_grad_()
+    z = torch.randn(len(GAMMAS), 64).clamp(-1, 1) * scale
+    z[:, 0], z[:, 1] = 1e-30, 0
+    z, gamma = z.requires_grad_(), torch.tensor(GAMMAS).unsqueeze(1).requires_grad_()
     out = dydilit.focused_kernel(z, gamma)
     out.backward(torch.randn_like(out))
     assert out.isfinite().all() and z.grad.isfinite().all() and gamma.grad.isfinite().all()
-    if 1e-37 < scale < 1e32:        # beyond, float32 itself ends
-        torch.testing.assert_close(out.double().norm(dim=1), z.double().relu().norm(dim=1), rtol=1e-6, atol=0)
+    assert (z.grad[z <= 0] == 0).all()
+    torch.testing.assert_close(out.double().norm(dim=1), z.double().relu().norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_gamma_and_lambda_keep_their_digits_under_autocast():
+    """3.005 is 3.0 in bfloat16, and a factor that is rounded cannot be learned in small steps."""
+    z = torch.rand(1, N, 8)
+    kernel, differential = dydilit.DynamicMeasureKernel(8, 2, 1), dydilit.TokenDifferential(8, 2, normalizer="none")
+    torch.nn.init.constant_(kernel.gammas, 3.005)
+    torch.nn.init.constant_(differential.lambdas, 0.01003)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, = kernel(z)
+        difference = differential(z, z, z, z, z)
+    torch.testing.assert_close(out, dydilit.focused_kernel(z, 3.005), rtol=1e-6, atol=1e-7)
+    want = dydilit.token_differential(z, z, z, z, z, 0.01003, 0.01003)
+    torch.testing.assert_close(difference, want, rtol=1e-6, atol=1e-7)
 
 
 def test_focused_kernel_keeps_zero_tokens_zero():
@@ -392,8 +428,10 @@ def test_outputs_and_gradients_are_finite_for_any_tokens(fields, n, precision):
     module, noise = dydila(**fields), torch.randn(1, n, 32)
     one_large = torch.zeros(1, n, 32)
     one_large[0, n // 2] = 1e4
-    for x in (noise * 1e-4, noise, noise * 1e4, torch.zeros(1, n, 32), torch.ones(1, n, 32), noise[:, :1].repeat(1, n, 1),
-              one_large):
+    kinds = [noise * 1e4, one_large]                        # of 16,384 tokens these two, the slowest, do
+    if n < 16_384:
+        kinds += [noise * 1e-4, noise, one_large * 0, one_large * 0 + 1, noise[:, :1].repeat(1, n, 1)]
+    for x in kinds:
         x = x.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             out = module(x)

@@ -1,12 +1,14 @@
 """The transformer's shell against an independent reading of DiT, the family of models, and their cost."""
 import dataclasses
 import math
+import pickle
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 import dydilit
 from dydilit import LADDER, MODELS, ModelConfig, build_model
@@ -226,13 +228,13 @@ def test_guidance():
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(kernel="gauss"), "kernel='gauss' is not one of relu, focused, dynamic"),
-    (dict(image_size=250), "image_size 250 is not a multiple of vae_factor x patch_size = 8 x 2"),
-    (dict(dim=30), "dim 30 must be a multiple of 4"), (dict(n_heads=5), "n_heads 5"),
+    (dict(kernel="gauss"), "kernel='gauss' is not one of ('relu', 'focused', 'dynamic')"),
+    (dict(image_size=250), "image_size=250 is not a multiple of vae_factor x patch_size = 8 x 2"),
+    (dict(dim=30), "dim=30 is not a multiple of 4"), (dict(n_heads=5), "n_heads=5"),
     (dict(dynamic_projection=False), "needs dynamic_projection=True"),
     (dict(depth=0), "depth=0 is not a positive integer"), (dict(n_projectors="3"), "n_projectors='3' is not a positive")])
 def test_impossible_configurations_are_named(fields, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         ModelConfig(**fields)
 
 
@@ -240,31 +242,64 @@ def test_unknown_model_and_wrong_input_are_named():
     with pytest.raises(ValueError, match="no model 'DiT-XXL'; choose one of DiT-S/2"):
         build_model("DiT-XXL")
     model = build_model("DyDi-LiT-XS/4")
-    with pytest.raises(ValueError, match=r"shape \(3, 16, 16\), the model was built for \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"the input is \(3, 16, 16\) and not \(3, 32, 32\)"):
         model(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name, overrides, precision", [
-    ("Sana-S/2", {}, torch.float32), ("DyDi-LiT-S/2", {}, torch.float32),
-    ("DyDi-LiT-S/2", {}, torch.bfloat16), ("DyDi-LiT-S/2", dict(differential="map", n_heads=4), torch.float32),
-    ("DyDi-LiT-S/2", dict(dim=36), torch.float32)])         # 36: too odd for PyTorch's grouped product
-def test_compiles_to_one_graph_with_the_same_outputs_and_gradients(name, overrides, precision):
-    """torch.compile up to the code that it would generate."""
+def compiled(model, batch):
+    """The model's output when torch.compile has traced it, up to the code that it would generate, and its graphs."""
     graphs = []
 
     def backend(graph, example):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-    model = randomized(build_model(name, **{**TINY, "depth": 1, **overrides}))
     torch._dynamo.reset()
-    batch, parameters = inputs(model), [p for p in model.parameters() if p.requires_grad]
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        outputs = [f(*batch) for f in (model, torch.compile(model, backend=backend))]
-    assert len(graphs) == 1
-    torch.testing.assert_close(*outputs)
-    for got, want in zip(*(torch.autograd.grad(out.float().square().mean(), parameters) for out in outputs)):
-        rounding = 1e-4 if precision == torch.float32 else 4 * torch.finfo(precision).eps
-        assert (got - want).abs().max() <= rounding * want.abs().max()
+    return torch.compile(model, backend=backend)(*batch), len(graphs)
+
+
+def gradients(model, out):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(out.float().square().mean(), parameters)])
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("Sana-S/2", {}), ("DyDi-LiT-S/2", {}), ("DyDi-LiT-S/2", dict(differential="map", n_heads=4))])
+def test_compiling_changes_neither_outputs_nor_gradients(name, overrides):
+    model = randomized(build_model(name, **{**TINY, "depth": 1, **overrides}))
+    batch = inputs(model)
+    want, (got, _) = model(*batch), compiled(model, batch)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(model, got), gradients(model, want), rtol=1e-3, atol=1e-4)
+
+
+def test_with_the_gpus_grouped_product_it_compiles_to_one_graph_as_exact_as_without(monkeypatch):
+    """In bfloat16 the order of the operations changes the last digits. So both are compared with float32."""
+    monkeypatch.setattr(dydilit, "has_grouped_mm", lambda x: torch.is_autocast_enabled(x.device.type))
+    model = randomized(build_model("DyDi-LiT-S/2", **{**TINY, "depth": 1}))
+    batch = inputs(model)
+    exact = model(*batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, (out, n_graphs) = model(*batch), compiled(model, batch)
+    assert n_graphs == 1
+    assert (out - exact).norm() <= 1.5 * (eager - exact).norm()
+    true = gradients(model, exact)
+    assert (gradients(model, out) - true).norm() <= 1.5 * (gradients(model, eager) - true).norm()
+
+
+@pytest.mark.parametrize("label, overrides", LADDER)
+def test_models_can_be_pickled(label, overrides):
+    model = randomized(build_model("DyDi-LiT-S/2", **TINY, **overrides))
+    batch = inputs(model)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(*batch), model(*batch))
+
+
+def test_a_caller_can_hand_in_another_attention():
+    def parts(cfg, i):
+        attention, feed_forward = dydilit.block_parts(cfg, i)
+        return (torch.nn.Identity() if i else attention), feed_forward
+    model = build_model("DyDi-LiT-S/2", parts, **TINY)
+    assert isinstance(model.blocks[0].attn, dydilit.DyDiLA) and isinstance(model.blocks[1].attn, torch.nn.Identity)
+    assert randomized(model)(*inputs(model)).isfinite().all()
 
 
 # ---- cost ----
@@ -274,11 +309,6 @@ def test_gflops_of_the_papers_tables(name, overrides, printed):
     with torch.device("meta"):
         model = build_model(name, **overrides)
     assert sum(count_macs(model)["paper"].values()) / 1e9 == pytest.approx(printed, rel=0.005)
-
-
-@register_flop_formula(torch.ops.dydilit.grouped_mm)
-def grouped_mm_flops(a, b, *args, **kwargs):
-    return 2 * a[0] * a[1] * b[-1]
 
 
 @pytest.mark.parametrize("name, overrides", [("DiT-S/2", {}), ("Sana-S/2", {}), ("DyDi-LiT-S/2", {}),
