@@ -37,7 +37,7 @@ def as_tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
-# ---- PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692): softmax attention to fewer keys ----
+# ---- PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692): softmax attention to fewer keys ----------
 
 class KVCompressedAttention(nn.Module):
     """PixArt-Sigma's attention: softmax(Q f(K)^T / sqrt(d)) f(V), where f makes one token of 4 x 4.
@@ -48,8 +48,7 @@ class KVCompressedAttention(nn.Module):
 
     Source: AttentionKVCompress of the released code, which compresses in the later half of the
     blocks. Left out: its norms of queries and keys and its other ways to sample, which are off by
-    default, and the text with its cross-attention, for a class conditions the model as in DiT.
-    """
+    default, and the text with its cross-attention, for a class conditions the model as in DiT."""
 
     def __init__(self, dim, n_heads, ratio=4):
         super().__init__()
@@ -82,8 +81,7 @@ class LinearCompressedAttention(nn.Module):
     Source: the paper's equations; no code was released. That ConvFusion is d / 2 wide follows from
     the GFLOPs that the DyDi-LiT paper prints for EDiT (see cost.py); that GroupNorm has 8 groups
     and Q, K, V no bias is our choice. EDiT learns from PixArt-Sigma as its teacher; here it is
-    trained from scratch, as in the DyDi-LiT paper.
-    """
+    trained from scratch, as in the DyDi-LiT paper."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -104,7 +102,7 @@ class LinearCompressedAttention(nn.Module):
         return self.proj(dydilit.merge_heads(dydilit.linear_attention(q, k, v)))    # (B, N, d)
 
 
-# ---- DiG (Zhu et al. 2024, arXiv 2405.18428): gated linear attention, four directions ----
+# ---- DiG (Zhu et al. 2024, arXiv 2405.18428): gated linear attention, four directions ------------
 
 def gated_linear_attention(q, k, v, log_decay, chunk=16):
     """A memory that forgets (Yang et al. 2024, arXiv 2312.06635), token after token:
@@ -120,13 +118,11 @@ def gated_linear_attention(q, k, v, log_decay, chunk=16):
     where S is the memory before the chunk. exp(-b_j) must stay finite in float32, so chunk times
     the fastest decay is limited: -log_decay may be at most 80 / chunk.
 
-    q, k, log_decay: (..., N, d_k); v: (..., N, d_v). Returns (..., N, d_v), at least float32.
-    """
+    q, k, log_decay: (..., N, d_k); v: (..., N, d_v). Returns (..., N, d_v), at least float32."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, log_decay = dydilit._upcast(q, k, v, log_decay)
-        n = q.shape[-2]
+        n, parts = q.shape[-2], [dydilit.at_least_float32(t) for t in (q, k, v, log_decay)]
         q, k, v, log_decay = (F.pad(t, (0, 0, 0, -n % chunk)).unflatten(-2, (-1, chunk))
-                              for t in (q, k, v, log_decay))            # (..., N/chunk, chunk, d)
+                              for t in parts)                           # (..., N/chunk, chunk, d)
         b = log_decay.cumsum(dim=-2)                                    # how much token t forgot
         last = b[..., -1:, :]                                           # (..., N/chunk, 1, d_k)
         q = q * b.exp()
@@ -163,8 +159,7 @@ class GatedLinearAttention(nn.Module):
     flipped or transposed between blocks, here the attention puts them back. There the convolution
     follows the whole block, here it precedes the attention, which is their option
     if_in_block_conv: a Block has no third part. There attention's linear layers start smaller (gain
-    2^-2.5), and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above.
-    """
+    2^-2.5), and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
 
     def __init__(self, dim, n_heads, direction):
         super().__init__()
@@ -190,16 +185,17 @@ class GatedLinearAttention(nn.Module):
         return self.proj(out)[:, order.argsort()]                                   # row by row
 
 
-class SwiGLU(nn.Module):
-    """DiG's feed-forward network: W_3 (SiLU(X W_1) * X W_2), hidden width 8/3 d.
+def swiglu_width(dim):
+    """8/3 d, rounded up to a multiple of 256 as in the released code: for 512 it is 3 d."""
+    return math.ceil(dim * 8 // 3 / 256) * 256
 
-    As in the released code, the width is rounded up to a multiple of 256. So it is 8/3 d for 384
-    and 768, but 3 d for 512.
-    """
+
+class SwiGLU(nn.Module):
+    """DiG's feed-forward network, (SiLU(X W_1) * X W_2) W_3. (B, N, d) -> (B, N, d)."""
 
     def __init__(self, dim):
         super().__init__()
-        hidden = math.ceil(dim * 8 // 3 / 256) * 256
+        hidden = swiglu_width(dim)
         self.expand = nn.Linear(dim, 2 * hidden, bias=False)
         self.contract = nn.Linear(hidden, dim, bias=False)
 
@@ -208,7 +204,7 @@ class SwiGLU(nn.Module):
         return self.contract(F.silu(gate) * x)
 
 
-# ---- MoH-DiT (Jin et al. 2024, arXiv 2410.11842): heads as experts ----
+# ---- MoH-DiT (Jin et al. 2024, arXiv 2410.11842): heads as experts -------------------------------
 
 class MixtureOfHeadAttention(nn.Module):
     """MoH's attention: softmax attention whose heads H_i are added with weights that a token chose.
@@ -224,8 +220,7 @@ class MixtureOfHeadAttention(nn.Module):
     shared here and half of the others on, 75 % in all, which in the released models varies from
     block to block. What differs: there a loss that balances the heads' load is added in training.
     It is left out here, where one training loop serves all systems. As there, every head is
-    computed and then weighted: that heads are off saves nothing but what a kernel could skip.
-    """
+    computed and then weighted: that heads are off saves nothing but what a kernel could skip."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -254,7 +249,7 @@ class MixtureOfHeadAttention(nn.Module):
         return self.proj(dydilit.merge_heads(heads))                        # (B, N, d)
 
 
-# ---- LiT (Wang et al. 2025, arXiv 2501.12976): linear attention with few heads ----
+# ---- LiT (Wang et al. 2025, arXiv 2501.12976): linear attention with few heads -------------------
 
 class FewHeadLinearAttention(nn.Module):
     """LiT's attention: linear attention (Eq. 4) with ReLU as kernel, plus DWC(V).
@@ -265,8 +260,7 @@ class FewHeadLinearAttention(nn.Module):
     Source: the paper's account of its design; its code was not read. So bias (none on Q, K, V, as
     in Sana) and one convolution for all heads' channels are our choices. LiT inherits a trained
     DiT's weights and learns from it as a teacher; here it is trained from scratch. The paper's
-    focused kernel brought it little over ReLU, and is rung 2 of dydilit.LADDER.
-    """
+    focused kernel brought it little over ReLU, and is rung 2 of dydilit.LADDER."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -281,7 +275,7 @@ class FewHeadLinearAttention(nn.Module):
         return self.proj(dydilit.merge_heads(dydilit.linear_attention(q, k, v)) + local)
 
 
-# ---- The blocks' parts: (configuration, number of the block) -> (attention, feed-forward) ----
+# ---- The blocks' parts: (configuration, number of the block) -> (attention, feed-forward) --------
 
 def pixart(cfg, i):
     """DiT's attention in the first half of the blocks, compressed keys in the second half."""
@@ -302,9 +296,13 @@ def moh(cfg, i):
     return MixtureOfHeadAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
 
 
+def lit_heads(dim):
+    """LiT's number of heads instead of the configuration's: 2 for small widths, 4 for 1,152."""
+    return max(2, dim // 256)
+
+
 def lit(cfg, i):
-    """The number of heads is LiT's own: 2 for small widths, 3 for 768, 4 for 1,024 and 1,152."""
-    return FewHeadLinearAttention(cfg.dim, max(2, cfg.dim // 256)), dydilit.Mlp(cfg.dim)
+    return FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)), dydilit.Mlp(cfg.dim)
 
 
 NEIGHBOURS = {"pixart": pixart, "edit": edit, "dig": dig, "moh": moh, "lit": lit}
