@@ -4,21 +4,37 @@
 
 All of them without a name. A notebook that fails is left as it was. Prints the seconds that each took.
 """
+import base64
 import hashlib
+import io
+import os
 import pathlib
 import sys
 import time
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+LIBRARY = (HERE.parent / "dydilit.py").read_bytes()
+os.environ["LAB_STATIC"] = "1"              # the kernels inherit it: sliders show their static picture only
 
 
 def stamp(cell):
-    """A code cell's fingerprint; kept beside its outputs, it tells when the code has changed since."""
-    return hashlib.sha256(cell.source.encode()).hexdigest()[:12]
+    """A fingerprint of a code cell and of dydilit.py; kept beside the outputs, it tells when either has changed since."""
+    return hashlib.sha256(LIBRARY + cell.source.encode()).hexdigest()[:12]
+
+
+def smaller(png):
+    """A large picture with 256 colours, a third of its size; base64 in and out. Plots are small and stay as they are."""
+    if len(png) < 120_000:
+        return png
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    out = io.BytesIO()
+    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def execute(path, folder=HERE, and_then=()):
@@ -32,6 +48,9 @@ def execute(path, folder=HERE, and_then=()):
         cell.metadata.clear()
         if cell.cell_type == "code":
             cell.metadata["executed"] = stamp(cell)
+            for out in cell.outputs:
+                if "image/png" in out.get("data", {}):
+                    out.data["image/png"] = smaller(out.data["image/png"])
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                          "language_info": {"name": "python"}}
     return notebook
