@@ -284,10 +284,11 @@ def model_of(system, size="S", **overrides):
 def test_gflops_of_the_papers_neighbours(system, size, overrides, printed):
     with torch.device("meta"):
         model = model_of(system, size, **overrides)
-    assert sum(cost.count_macs(model)["paper"].values()) / 1e9 == pytest.approx(printed, rel=0.0025)
+    assert sum(cost.count_macs(model)["paper"].values()) / 1e9 == pytest.approx(printed, rel=0.0015)
 
 
-@pytest.mark.parametrize("system, heads", [("pixart", 6), ("edit", 1), ("edit", 6), ("dig", 6), ("dig", 1), ("moh", 6), ("lit", 1)])
+@pytest.mark.parametrize("system, heads", [("pixart", 6), ("edit", 1), ("edit", 6), ("dig", 6), ("dig", 1), ("moh", 6),
+                                           ("lit", 1)])
 @pytest.mark.parametrize("pixels", [256, 512])
 def test_honest_count_is_what_runs(system, heads, pixels):
     """Against PyTorch's own count, but for the normalizer's sums of keys: additions, which it does not count."""

@@ -66,7 +66,7 @@ def linear_compressed_attention(cfg, n):
 def gated_linear_attention(cfg, n, chunk=16):
     """DiG: Q, K at half the width; V, gate and output; the decay's W_1, W_2; and the scan.
 
-    "paper" takes the scan for k^T v and q (k^T v) with one head, see NEIGHBOUR_GFLOPS. "honest" is the chunked form.
+    "paper" counts the scan as k^T v and q (k^T v) with one head, see NEIGHBOUR_GFLOPS; "honest" as the chunked form.
     """
     d = cfg.dim
     return {"Q, K, V, gate and output projections": (4 * d * d, 4 * d * d), "decay": (24 * d, 24 * d),
@@ -137,7 +137,7 @@ PAPER_GFLOPS = [
 # The paper's neighbours (system, size, overrides, GFLOPs that the paper prints). It says only that "the number of
 # blocks" was adjusted, so the depths are read off its figures.
 #
-# PixArt-Sigma: 12 blocks of DiT, the last 6 with a sixteenth of the keys.
+# PixArt-Sigma: 12 blocks of DiT, the last 6 with a sixteenth of the keys (a quarter would make 99.14 in the last column).
 #
 # EDiT: 9 blocks of 17 d^2 per token: 4 for Q, K, V and output, 8 for DiT's MLP, and 5 for ConvFusion at half the width
 # (3x3 d -> d/2 is 4.5, 1x1 d/2 -> d is 0.5). The products are those of N / 4 keys with one head, in the cheaper order.
@@ -147,17 +147,21 @@ PAPER_GFLOPS = [
 # of layers does not see: two products remain. Q, K at half width, V, gate and output make 4 d^2, the decay 24 d, the
 # convolution 9 d. One d^2 is left, and two readings give it: the scan as k^T v and q (k^T v) with one head, as the paper
 # counts Sana's; or values of twice the width without a gate. The first is taken here; the numbers are the same. It
-# leaves 0.06 % at most. What else was tried, with 2 to 8 d^2 besides one, two or three products of SwiGLU or DiT's
-# MLP, leaves 0.4 % or more; the released parts counted whole but for the scan fit S and L with 13 blocks, not B.
+# leaves 0.06 % at most. (Q and K at full width make d^2 as well, but 32 d for the decay, and leave 0.17 %.) What else
+# was tried, 2 to 8 d^2 besides one, two or three products of SwiGLU or DiT's MLP, leaves 0.38 % or more. The released
+# parts counted whole but for the scan fit S and L to 0.5 % with 13 blocks; B is 1.1 % off with 12.
 #
-# About 4 d per token and block are missing in the last column of all these rows, as in DiT's: what two LayerNorms make
-# at two operations an entry.
+# In the last column 4 to 5 d per token and block are missing in all these rows, as in DiT's: two LayerNorms would make
+# 4 d at two operations an entry.
 NEIGHBOUR_GFLOPS = [
     ("pixart", "S", dict(depth=12, n_heads=6), 5.78), ("pixart", "B", dict(depth=12, n_heads=8), 10.13),
-    ("pixart", "L", dict(depth=12, n_heads=12), 22.45), ("pixart", "L", dict(depth=12, n_heads=12, image_size=512), 97.38),
-    ("edit", "S", {}, 5.91), ("edit", "B", {}, 10.45), ("edit", "L", {}, 23.39), ("edit", "L", dict(image_size=512), 96.17),
+    ("pixart", "L", dict(depth=12, n_heads=12), 22.45),
+    ("pixart", "L", dict(depth=12, n_heads=12, image_size=512), 97.38),
+    ("edit", "S", {}, 5.91), ("edit", "B", {}, 10.45),
+    ("edit", "L", {}, 23.39), ("edit", "L", dict(image_size=512), 96.17),
     ("dig", "S", dict(depth=15, n_heads=6), 5.92), ("dig", "B", dict(depth=14, n_heads=8), 10.43),
-    ("dig", "L", dict(depth=15, n_heads=12), 23.58), ("dig", "L", dict(depth=15, n_heads=12, image_size=512), 94.15),
+    ("dig", "L", dict(depth=15, n_heads=12), 23.58),
+    ("dig", "L", dict(depth=15, n_heads=12, image_size=512), 94.15),
 ]
 
 

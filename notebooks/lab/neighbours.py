@@ -47,7 +47,8 @@ class KVCompressedAttention(nn.Module):
     taken over. The cost still grows as N^2, but sixteen times more slowly.
 
     Source: AttentionKVCompress of the released code, which compresses in the later half of the
-    blocks. Left out: its norms of queries and keys and its other ways to sample, which are off by
+    blocks, 2 x 2 at 1,024 pixels. That the DyDi-LiT paper compresses 4 x 4 follows from its GFLOPs
+    (see cost.py). Left out: norms of queries and keys and other ways to sample, which are off by
     default, and the text with its cross-attention, for a class conditions the model as in DiT."""
 
     def __init__(self, dim, n_heads, ratio=4):
@@ -78,10 +79,10 @@ class LinearCompressedAttention(nn.Module):
     d / 2 channels, the 1x1 convolution widens them again. Conv_K and Conv_V are depth-wise, 3x3
     with stride 2, and leave a quarter of the keys and values.
 
-    Source: the paper's equations; no code was released. That ConvFusion is d / 2 wide follows from
-    the GFLOPs that the DyDi-LiT paper prints for EDiT (see cost.py); that GroupNorm has 8 groups
-    and Q, K, V no bias is our choice. EDiT learns from PixArt-Sigma as its teacher; here it is
-    trained from scratch, as in the DyDi-LiT paper."""
+    Source: the paper's equations as a published summary (papernotes.org) prints them; no code was
+    released. That ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints
+    for EDiT (see cost.py). That GroupNorm has 8 groups and Q, K, V no bias is our choice. EDiT
+    learns from PixArt-Sigma as its teacher; here it is trained from scratch."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -215,12 +216,12 @@ class MixtureOfHeadAttention(nn.Module):
     always on, weighted by p_S = softmax(X W_S). Of the routed heads the r with the largest entries
     of softmax(X W_R) are on; p_R is those entries, divided by their sum, and zero for the others.
 
-    Source: MoH-DiT/models.py of SkyworkAI/MoH. Its factors 2, s and r are not in the paper's
-    equation; they make the weights of a token without preferences 1. About half of the heads are
-    shared here and half of the others on, 75 % in all, which in the released models varies from
-    block to block. What differs: there a loss that balances the heads' load is added in training.
-    It is left out here, where one training loop serves all systems. As there, every head is
-    computed and then weighted: that heads are off saves nothing but what a kernel could skip."""
+    Source: MoH-DiT/models.py of SkyworkAI/MoH. Its factors 2, s and r make the weights of a token
+    without preferences 1 each. Somewhat less than half of the heads are shared here and half of
+    the others on; in the released models both vary from block to block. What differs: there a loss
+    that balances the heads' load is added in training. It is left out here, where one training
+    loop serves all systems. As there, every head is computed and then weighted. That heads are off
+    saves nothing, then: it says what a faster program could skip."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -257,10 +258,10 @@ class FewHeadLinearAttention(nn.Module):
     DWC is a depth-wise 5x5 convolution. Fewer heads cost more, d / h operations per channel of a
     token, but not more time, and LiT finds them better: its S model has 2 heads and its XL model 4.
 
-    Source: the paper's account of its design; its code was not read. So bias (none on Q, K, V, as
-    in Sana) and one convolution for all heads' channels are our choices. LiT inherits a trained
-    DiT's weights and learns from it as a teacher; here it is trained from scratch. The paper's
-    focused kernel brought it little over ReLU, and is rung 2 of dydilit.LADDER."""
+    Source: a published summary of the paper (papernotes.org); its code was not read. So bias (none
+    on Q, K, V, as in Sana) and a kernel for every channel of every head are our choices. LiT
+    inherits a trained DiT's weights and learns from it as a teacher; here it is trained from
+    scratch. It found the focused kernel, rung 2 of dydilit.LADDER, little better than ReLU."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
