@@ -131,6 +131,15 @@ def test_the_chunked_form_is_the_recurrence_with_its_gradients(n, fastest):
         torch.testing.assert_close(g, w)
 
 
+def test_the_scan_is_computed_in_float32_under_autocast():
+    q, k, v, log_decay = (torch.randn(40, 3).bfloat16() for _ in range(4))
+    log_decay = -log_decay.abs()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = neighbours.gated_linear_attention(q, k, v, log_decay)
+    want = neighbours.gated_linear_attention(q.float(), k.float(), v.float(), log_decay.float())
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("direction", range(4))
 def test_dig_scans_in_its_blocks_direction(direction):
     """With the order written out by hand, and the output gate and norm after the recurrence."""
