@@ -1,0 +1,309 @@
+"""Five other answers to the question what to do about N^2, in the parts of a dydilit.Block.
+
+    compress the keys       KVCompressedAttention       PixArt-Sigma
+    linearize, and compress LinearCompressedAttention   EDiT
+    gate and scan           GatedLinearAttention        DiG
+    route the heads         MixtureOfHeadAttention      MoH-DiT
+    linearize, few heads    FewHeadLinearAttention      LiT
+
+Every module maps tokens (B, N, d) to tokens (B, N, d), as DyDiLA does. NEIGHBOURS names for each
+system the two parts of its block, the attention and the feed-forward network, so that
+
+    dydilit.build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"], n_heads=6, depth=9)
+
+builds EDiT in the same shell as all the others. The model initializes every linear layer as DiT
+does (Xavier, biases zero); a convolution starts as it does where it is made. Shapes as in
+dydilit.py: B images, N tokens (an image's patches, row by row), d the model's width, h heads.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dydilit
+
+
+def as_image(x):
+    """Tokens on their square grid. (B, N, C) -> (B, C, side, side)."""
+    side = math.isqrt(x.shape[1])
+    if side * side != x.shape[1]:
+        raise ValueError(f"as_image: {x.shape[1]} tokens do not form a square grid")
+    return x.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+
+
+def as_tokens(x):
+    """A grid's tokens, row by row. (B, C, rows, columns) -> (B, rows x columns, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+# ---- PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692): softmax attention to fewer keys ----------
+
+class KVCompressedAttention(nn.Module):
+    """PixArt-Sigma's attention: softmax(Q f(K)^T / sqrt(d)) f(V), where f makes one token of 4 x 4.
+
+    The function f is a depth-wise convolution with kernel and stride 4, then a LayerNorm. The same
+    f serves keys and values. It starts as the mean over its 16 tokens, so a trained DiT could be
+    taken over. The cost still grows as N^2, but sixteen times more slowly.
+
+    Source: AttentionKVCompress of the released code, which compresses in the later half of the
+    blocks, 2 x 2 at 1,024 pixels. That the DyDi-LiT paper compresses 4 x 4 follows from its GFLOPs
+    (see cost.py). Left out: norms of queries and keys and other ways to sample, which are off by
+    default, and the text with its cross-attention, for a class conditions the model as in DiT."""
+
+    def __init__(self, dim, n_heads, ratio=4):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.compress = nn.Conv2d(dim, dim, ratio, stride=ratio, groups=dim)
+        nn.init.constant_(self.compress.weight, 1 / ratio ** 2)
+        nn.init.zeros_(self.compress.bias)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)                              # (B, N, d) each
+        k, v = (self.norm(as_tokens(self.compress(as_image(t)))) for t in (k, v))   # (B, N/16, d)
+        q, k, v = (dydilit.split_heads(t, self.n_heads) for t in (q, k, v))     # (B, h, ., d/h)
+        return self.proj(dydilit.merge_heads(dydilit.softmax_attention(q, k, v)))   # (B, N, d)
+
+
+# ---- EDiT (Becker et al. 2025, arXiv 2503.16726): linear attention, local queries, fewer keys ----
+
+class LinearCompressedAttention(nn.Module):
+    """EDiT's attention, linear attention (Eq. 4) between these queries, keys and values:
+
+        Q = ReLU(W_Q (X + Conv_1x1(LeakyReLU(GroupNorm(Conv_3x3(X))))))     "ConvFusion"
+        K = ReLU(Conv_K(W_K X)),  V = Conv_V(W_V X)                         "spatial compressor"
+
+    ConvFusion lets a query see its neighbours before it asks. The 3x3 convolution narrows d to
+    d / 2 channels, the 1x1 convolution widens them again. Conv_K and Conv_V are depth-wise, 3x3
+    with stride 2, and leave a quarter of the keys and values.
+
+    Source: the paper's equations as a published summary (papernotes.org) prints them; no code was
+    released. That ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints
+    for EDiT (see cost.py). That GroupNorm has 8 groups and Q, K, V no bias is our choice. EDiT
+    learns from PixArt-Sigma as its teacher; here it is trained from scratch."""
+
+    def __init__(self, dim, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.narrow = nn.Conv2d(dim, dim // 2, 3, padding=1)
+        self.norm = nn.GroupNorm(8, dim // 2)
+        self.widen = nn.Conv2d(dim // 2, dim, 1)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.compress = nn.Conv2d(2 * dim, 2 * dim, 3, stride=2, padding=1, groups=2 * dim)  # K, V
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        local = self.widen(F.leaky_relu(self.norm(self.narrow(as_image(x)))))   # (B, d, side, .)
+        q = F.relu(self.q(x + as_tokens(local)))                                # (B, N, d)
+        k, v = as_tokens(self.compress(as_image(self.kv(x)))).chunk(2, dim=-1)  # (B, N/4, d) each
+        q, k, v = (dydilit.split_heads(t, self.n_heads) for t in (q, F.relu(k), v))
+        return self.proj(dydilit.merge_heads(dydilit.linear_attention(q, k, v)))    # (B, N, d)
+
+
+# ---- DiG (Zhu et al. 2024, arXiv 2405.18428): gated linear attention, four directions ------------
+
+def gated_linear_attention(q, k, v, log_decay, chunk=16):
+    """A memory that forgets (Yang et al. 2024, arXiv 2312.06635), token after token:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t,    o_t = q_t S_t
+
+    Row c of the memory S, (d_k, d_v), decays at the rate that token t chose for channel c. Written
+    as that loop it would take N steps. Here it takes N / chunk, because within a chunk the sum can
+    be written out. With b_t the sum of log_decay from the chunk's first token to token t:
+
+        o_t = (q_t exp(b_t)) S + sum over j <= t of ((q_t exp(b_t)) (k_j exp(-b_j))^T) v_j
+
+    where S is the memory before the chunk. exp(-b_j) must stay finite in float32, so chunk times
+    the fastest decay is limited: -log_decay may be at most 80 / chunk.
+
+    q, k, log_decay: (..., N, d_k); v: (..., N, d_v). Returns (..., N, d_v), at least float32."""
+    with torch.autocast(q.device.type, enabled=False):
+        n, parts = q.shape[-2], [dydilit.at_least_float32(t) for t in (q, k, v, log_decay)]
+        q, k, v, log_decay = (F.pad(t, (0, 0, 0, -n % chunk)).unflatten(-2, (-1, chunk))
+                              for t in parts)                           # (..., N/chunk, chunk, d)
+        b = log_decay.cumsum(dim=-2)                                    # how much token t forgot
+        last = b[..., -1:, :]                                           # (..., N/chunk, 1, d_k)
+        q = q * b.exp()
+        within = (q @ (k * (-b).exp()).transpose(-2, -1)).tril() @ v    # (..., N/chunk, chunk, d_v)
+
+        learned = (k * (last - b).exp()).transpose(-2, -1) @ v          # (..., N/chunk, d_k, d_v)
+        kept = last.exp().transpose(-2, -1)                             # (..., N/chunk, d_k, 1)
+        memory, memories = torch.zeros_like(learned[..., 0, :, :]), []
+        for i in range(learned.shape[-3]):
+            memories.append(memory)                                     # as it is before chunk i
+            memory = kept[..., i, :, :] * memory + learned[..., i, :, :]
+        out = within + q @ torch.stack(memories, dim=-3)
+        return out.flatten(-3, -2)[..., :n, :]                          # (..., N, d_v)
+
+
+def scan_order(n, direction):
+    """The order in which n tokens of a square grid are read, (n,): 0 by rows, 1 by rows from the
+    end, 2 by columns, 3 by columns from the end."""
+    grid = torch.arange(n).view(math.isqrt(n), -1)
+    order = (grid.T if direction >= 2 else grid).flatten()
+    return order.flip(0) if direction % 2 else order
+
+
+class GatedLinearAttention(nn.Module):
+    """DiG's attention: gated_linear_attention on tokens read in one of four directions.
+
+    A memory sees only what came before. Block i therefore reads in direction i % 4, and after four
+    blocks every token has heard from all sides. A depth-wise 3x3 convolution, started as the
+    identity, gives each token its neighbours. Per head, the output is RMS-normalized, gated by
+    SiLU(X W_G) and projected. The decay is exp(log_decay) = sigmoid(X W_1 W_2 + b)^(1/16), with
+    W_1 only 16 wide; keys and queries are d / 2 wide in all.
+
+    Source: models_dig.py and module_dig.py of hustvl/DiG. What differs: there the tokens stay
+    flipped or transposed between blocks, here the attention puts them back. There the convolution
+    follows the whole block, here it precedes the attention, which is their option
+    if_in_block_conv: a Block has no third part. There attention's linear layers start smaller (gain
+    2^-2.5), and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
+
+    def __init__(self, dim, n_heads, direction):
+        super().__init__()
+        self.n_heads, self.direction = n_heads, direction
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        nn.init.dirac_(self.conv.weight, groups=dim)
+        nn.init.zeros_(self.conv.bias)
+        self.q, self.k = (nn.Linear(dim, dim // 2, bias=False) for _ in range(2))
+        self.v, self.gate = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+        self.decay = nn.Sequential(nn.Linear(dim, 16, bias=False), nn.Linear(16, dim // 2))
+        self.norm = nn.RMSNorm(dim // n_heads, eps=1e-6)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x):
+        order = scan_order(x.shape[1], self.direction).to(x.device)                 # (N,)
+        x = as_tokens(self.conv(as_image(x)))[:, order]                             # (B, N, d)
+        log_decay = (F.logsigmoid(self.decay(x)) / 16).clamp_min(-80 / 16)          # (B, N, d/2)
+        q, k, v, log_decay = (dydilit.split_heads(t, self.n_heads)                  # (B, h, N, .)
+                              for t in (self.q(x), self.k(x), self.v(x), log_decay))
+        q = q / math.sqrt(q.shape[-1])
+        out = self.norm(gated_linear_attention(q, k, v, log_decay))                 # (B, h, N, d/h)
+        out = dydilit.merge_heads(out) * F.silu(self.gate(x))                       # (B, N, d)
+        return self.proj(out)[:, order.argsort()]                                   # row by row
+
+
+def swiglu_width(dim):
+    """8/3 d, rounded up to a multiple of 256 as in the released code: for 512 it is 3 d."""
+    return math.ceil(dim * 8 // 3 / 256) * 256
+
+
+class SwiGLU(nn.Module):
+    """DiG's feed-forward network, (SiLU(X W_1) * X W_2) W_3. (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = swiglu_width(dim)
+        self.expand = nn.Linear(dim, 2 * hidden, bias=False)
+        self.contract = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        gate, x = self.expand(x).chunk(2, dim=-1)                           # (B, N, 8/3 d) each
+        return self.contract(F.silu(gate) * x)
+
+
+# ---- MoH-DiT (Jin et al. 2024, arXiv 2410.11842): heads as experts -------------------------------
+
+class MixtureOfHeadAttention(nn.Module):
+    """MoH's attention: softmax attention whose heads H_i are added with weights that a token chose.
+
+        O = sum_i g_i H_i W_i,  with  g = [2 a_1 s p_S, 2 a_2 r p_R]
+
+    a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are
+    always on, weighted by p_S = softmax(X W_S). Of the routed heads the r with the largest entries
+    of softmax(X W_R) are on; p_R is those entries, divided by their sum, and zero for the others.
+
+    Source: MoH-DiT/models.py of SkyworkAI/MoH. Its factors 2, s and r make the weights of a token
+    without preferences 1 each. Somewhat less than half of the heads are shared here and half of
+    the others on; in the released models both vary from block to block. What differs: there a loss
+    that balances the heads' load is added in training. It is left out here, where one training
+    loop serves all systems. As there, every head is computed and then weighted. That heads are off
+    saves nothing, then: it says what a faster program could skip."""
+
+    def __init__(self, dim, n_heads):
+        super().__init__()
+        if n_heads < 4:     # of a single head on, the weight p_R is 1: the router would not learn
+            raise ValueError(f"MixtureOfHeadAttention: n_heads={n_heads} is not at least 4")
+        self.n_heads, self.shared = n_heads, (n_heads - 1) // 2             # s
+        self.top = math.ceil((n_heads - self.shared) / 2)                   # r, at least 2
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.kinds = nn.Linear(dim, 2, bias=False)                          # W_0
+        self.shared_router = nn.Linear(dim, self.shared, bias=False)        # W_S
+        self.router = nn.Linear(dim, n_heads - self.shared, bias=False)     # W_R
+
+    def weights(self, x):
+        """g, what each token makes of each head. (B, N, d) -> (B, N, h), at least float32."""
+        a = 2 * self.kinds(x).softmax(dim=-1)                               # (B, N, 2)
+        p_shared = self.shared_router(x).softmax(dim=-1) * self.shared      # (B, N, s)
+        p = self.router(x).softmax(dim=-1)                                  # (B, N, h - s)
+        on = torch.zeros_like(p).scatter(-1, p.topk(self.top, dim=-1).indices, 1)
+        p = p * on / (p * on).sum(dim=-1, keepdim=True) * self.top
+        return torch.cat([a[..., :1] * p_shared, a[..., 1:] * p], dim=-1)
+
+    def forward(self, x):
+        q, k, v = (dydilit.split_heads(t, self.n_heads) for t in self.qkv(x).chunk(3, dim=-1))
+        heads = dydilit.softmax_attention(q, k, v)                          # (B, h, N, d/h)
+        heads = heads * self.weights(x).transpose(1, 2).unsqueeze(-1)       # (B, h, N, 1) each
+        return self.proj(dydilit.merge_heads(heads))                        # (B, N, d)
+
+
+# ---- LiT (Wang et al. 2025, arXiv 2501.12976): linear attention with few heads -------------------
+
+class FewHeadLinearAttention(nn.Module):
+    """LiT's attention: linear attention (Eq. 4) with ReLU as kernel, plus DWC(V).
+
+    DWC is a depth-wise 5x5 convolution. Fewer heads cost more, d / h operations per channel of a
+    token, but not more time, and LiT finds them better: its S model has 2 heads and its XL model 4.
+
+    Source: a published summary of the paper (papernotes.org); its code was not read. So bias (none
+    on Q, K, V, as in Sana) and a kernel for every channel of every head are our choices. LiT
+    inherits a trained DiT's weights and learns from it as a teacher; here it is trained from
+    scratch. It found the focused kernel, rung 2 of dydilit.LADDER, little better than ReLU."""
+
+    def __init__(self, dim, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)                              # (B, N, d) each
+        local = as_tokens(self.dwc(as_image(v)))                            # (B, N, d)
+        q, k, v = (dydilit.split_heads(t, self.n_heads) for t in (F.relu(q), F.relu(k), v))
+        return self.proj(dydilit.merge_heads(dydilit.linear_attention(q, k, v)) + local)
+
+
+# ---- The blocks' parts: (configuration, number of the block) -> (attention, feed-forward) --------
+
+def pixart(cfg, i):
+    """DiT's attention in the first half of the blocks, compressed keys in the second half."""
+    compressed = i >= cfg.depth // 2
+    attention = KVCompressedAttention if compressed else dydilit.SoftmaxAttention
+    return attention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
+
+
+def edit(cfg, i):
+    return LinearCompressedAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
+
+
+def dig(cfg, i):
+    return GatedLinearAttention(cfg.dim, cfg.n_heads, direction=i % 4), SwiGLU(cfg.dim)
+
+
+def moh(cfg, i):
+    return MixtureOfHeadAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
+
+
+def lit_heads(dim):
+    """LiT's number of heads instead of the configuration's: 2 for small widths, 4 for 1,152."""
+    return max(2, dim // 256)
+
+
+def lit(cfg, i):
+    return FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)), dydilit.Mlp(cfg.dim)
+
+
+NEIGHBOURS = {"pixart": pixart, "edit": edit, "dig": dig, "moh": moh, "lit": lit}
