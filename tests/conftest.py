@@ -1,8 +1,41 @@
-"""The tests are of the CPU, where runs repeat bit for bit; CUDA_VISIBLE_DEVICES=0 pytest takes them to a GPU."""
-import os
+"""`python -m pytest` runs the quick tests, `python -m pytest --slow` all of them.
+
+Those of test_cuda.py need a GPU. All others are of the CPU, where runs repeat bit for bit.
+"""
 import pathlib
 import sys
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+import pytest
+import torch
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests, too: notebooks and endurance")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        items[:] = [item for item in items if "slow" not in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+
+
+# Several threads would wait for each other at every small product, and on a busy machine for long.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(request, monkeypatch):
+    """Hides GPUs from all tests but those of test_cuda.py, and gives the programs they start one thread."""
+    if request.module.__name__ != "test_cuda":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if request.module.__name__ != "test_notebooks":
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -119,6 +119,7 @@ class TestNotebook:
         for cell in others:
             assert len(cell.source.splitlines()) <= 25, cell.source
 
+    @pytest.mark.slow
     def test_runs_from_a_fresh_kernel_and_shows_what_is_committed(self, path):
         cells, _ = run(path)
         for fresh, kept in zip(cells, committed(path).cells, strict=True):
@@ -127,6 +128,7 @@ class TestNotebook:
                 assert kinds(fresh) == kinds(kept), kept.source
                 assert varies(kept) or same_text(texts(fresh), texts(kept)), f"{kept.source}\n{texts(fresh)}\n{texts(kept)}"
 
+    @pytest.mark.slow
     def test_solutions_are_right_and_wrong_answers_wrong(self, path):
         _, verdicts = run(path)
         for number, (solved, wrong) in verdicts.items():

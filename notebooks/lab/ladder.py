@@ -7,8 +7,7 @@
 
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
-MACs. Images, timesteps and noise are the same for all variants of a seed, and with `rung1:init=full` the initial values
-of all that a variant has in common with --model. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
+MACs. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
 routers.csv a line per run and router, real.csv a line per data set: what real images would score in place of the
 generated ones. Stopped at any moment, the same command goes on.
 """
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import common  # noqa: E402
 import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import cost, measures  # noqa: E402
@@ -78,7 +78,7 @@ def flags(text, known):
     out, fields = [], dict(known[name])
     for pair in filter(None, changes.split(",")):
         field, _, value = pair.partition("=")
-        if field in (*train.KNOBS, "init"):
+        if field in train.KNOBS:
             out += ["--" + field.replace("_", "-"), value]
         else:
             fields.update(train.overrides([pair]))
@@ -89,7 +89,7 @@ def flags(text, known):
 
 def held_out(data, data_dir, n=500):
     """n images that were not trained on."""
-    found = train.shapes(n, seed=1) if data == "shapes" else train.cifar10(data_dir, train.CIFAR_TEST)
+    found = train.shapes(n, seed=1) if data == "shapes" else train.cifar10(data_dir, common.CIFAR_TEST)
     found.images, found.labels = found.images[:n], found.labels[:n]
     return found
 
@@ -120,15 +120,21 @@ def attention_map(attn, x):
     if isinstance(attn, dydilit.SoftmaxAttention):
         q, k, _ = (dydilit.split_heads(t, attn.n_heads) for t in attn.qkv(x).chunk(3, dim=-1))
         return dydilit.softmax_attention(q, k, eye.unsqueeze(1).expand(-1, attn.n_heads, -1, -1))
-    *sets, _ = attn.qkv(x).split(attn.dim, dim=-1)
-    sets = attn.kernel(*sets, *(attn.projection(x) if attn.projection is not None else []))
-    values = eye.repeat(1, 1, attn.n_heads)
-    if attn.differential is not None:
-        out = attn.differential(*sets, values, attn.n_heads)
+    cfg = attn.cfg
+    *sets, _ = attn.qkv(x).split(cfg.dim, dim=-1)
+    if attn.projection is not None:
+        sets += attn.projection(x)
+    if cfg.kernel == "dynamic":
+        sets = attn.kernel(*sets)
     else:
-        heads = (dydilit.split_heads(t, attn.n_heads) for t in (*sets, values))
+        sets = [dydilit.focused_kernel(z, cfg.gamma_init) if cfg.kernel == "focused" else z.relu() for z in sets]
+    values = eye.repeat(1, 1, cfg.n_heads)
+    if attn.differential is not None:
+        out = attn.differential(*sets, values, cfg.n_heads)
+    else:
+        heads = (dydilit.split_heads(t, cfg.n_heads) for t in (*sets, values))
         out = dydilit.merge_heads(dydilit.linear_attention(*heads))
-    return dydilit.split_heads(out, attn.n_heads)
+    return dydilit.split_heads(out, cfg.n_heads)
 
 
 def similarity(tokens):
@@ -195,13 +201,13 @@ def look_inside(model, data, n=200, shuffles=200):
 
 # ---- A run ----------------------------------------------------------------------------------------------------------
 
-called = []                     # the process of train.py that this one waits for
+called = []                     # the process that this one waits for
 
 
-def call(log, *command):
-    """train.py with these arguments, its output in `log`. Problem if it fails."""
+def call(log, script, *command):
+    """Runs a script of this repository with these arguments, its output in `log`. Problem if it fails."""
     with open(log, "a") as out:
-        called[:] = [subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command)], stdout=out, stderr=out)]
+        called[:] = [subprocess.Popen([sys.executable, ROOT / script, *map(str, command)], stdout=out, stderr=out)]
         if called[0].wait():
             raise train.Problem(f"{log.read_text().strip().splitlines()[-1]} (all of it in {log})")
 
@@ -223,7 +229,7 @@ def one_run(args, key, train_flags, known_network):
     train.keep_freed_memory()
     started, run = time.time(), run_folder(args, *(key[k] for k in ("data", "variant", "steps", "seed")))
     log = run.with_name(run.name + ".log")
-    call(log, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
+    call(log, "train.py", "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, *train_flags)
     device = train.pick_device()
     model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt"), device)
@@ -241,7 +247,7 @@ def one_run(args, key, train_flags, known_network):
     for guidance in GUIDANCES:
         out = sample_file(args, run, guidance)
         if not out.exists():
-            call(log, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
+            call(log, "train.py", "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
                  "--sampler", "ddim", "--seed", key["seed"], "--out", out)
         images, labels = measures.load_npz(out)
         generated = measures.extract(images, network)
@@ -261,8 +267,8 @@ def prepare(args, data):
     folder = data_folder(args, data)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reference.npz").exists():
-        call(folder / "reference.log", "reference", "--data", data, "--data-dir", args.data_dir, "--num", 10_000,
-             "--out", folder / "reference.npz")
+        call(folder / "reference.log", "notebooks/lab/measures.py", "reference", "--data", data, "--data-dir",
+             args.data_dir, "--num", 10_000, "--out", folder / "reference.npz")
     images, labels = measures.load_npz(folder / "reference.npz")
     if args.network:
         return None, measures.extract(images, measures.load_network(args.network))

@@ -2,8 +2,9 @@
 
     python notebooks/lab/measures.py SAMPLES.npz REFERENCE.npz                  features of a classifier trained on REFERENCE
     python notebooks/lab/measures.py SAMPLES.npz REFERENCE.npz --network FILE   features of a network that you bring
+    python notebooks/lab/measures.py reference --data cifar10 --out REFERENCE.npz       the data to compare with
 
-Both are what `train.py sample --num` and `train.py reference` write: arr_0 uint8 (M, H, W, 3), arr_1 labels (M,).
+`train.py sample --num` writes SAMPLES. Both files have arr_0, images uint8 (M, H, W, 3), and arr_1, labels (M,).
 
 FILE is a TorchScript module. It takes uint8 images (B, 3, H, W), 0..255, and returns features (B, D), or a tuple of
 features (B, D), spatial features (B, S) and logits (B, K). Of Inception-v3, as ADM's evaluator takes them: the 2,048 of
@@ -20,7 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import common  # noqa: E402
 import train  # noqa: E402
+from lab.encode import pick_classes  # noqa: E402
 
 # ---- The measures, on features --------------------------------------------------------------------------------------
 
@@ -183,17 +186,18 @@ def train_classifier(images, labels, n_classes, epochs=4, seed=0):
     real = extract(images[:5000], model.eval())
     model.centre, model.centre_spatial = real["pool"].mean(0), real["spatial"].mean(0).view(7, -1, 1).mean(1, True)
     model.scale = torch.stack([1 / real[name].var(0).mean().sqrt() for name in ("pool", "spatial")])
-    return model
+    return model.to(device)
 
 
 @torch.no_grad()
 def extract(images, network, batch=500):
     """What a network says of uint8 images (M, H, W, 3): {"pool": (M, D)}, "spatial" and "logits" if it gives them."""
     parts, device = [], train.pick_device()
+    keep = "cpu" if device.type == "mps" else device        # the measures are taken in float64, which MPS lacks
     for start in range(0, len(images), batch):
         try:
             out = network(torch.from_numpy(images[start:start + batch]).permute(0, 3, 1, 2).to(device))
-            parts.append([part.flatten(1) for part in (out if isinstance(out, tuple) else (out,))])
+            parts.append([part.flatten(1).to(keep) for part in (out if isinstance(out, tuple) else (out,))])
         except (RuntimeError, AttributeError, IndexError) as error:
             raise train.Problem(f"the feature network fails on these images ({str(error).strip().splitlines()[-1]:.80}); see "
                                 "measures.py --help for what it must take and give") from None
@@ -210,7 +214,7 @@ def load_npz(path):
             raise ValueError
     except Exception:                                       # the errors of zip and of numpy's format are many
         raise train.Problem(f"{path}: not five images or more in ADM's layout; give an .npz that train.py sample "
-                            "--num, or train.py reference, wrote") from None
+                            "--num, or measures.py reference, wrote") from None
     return images, labels.astype(np.int64)
 
 
@@ -223,12 +227,48 @@ def load_network(path):
                             "file") from None
 
 
-def main():
+def reference(argv):
+    """Writes the data in the layout of `train.py sample --num`: what FID on one's own data needs."""
+    parser = train.Parser(prog="measures.py reference", description=reference.__doc__)
+    add = parser.add_argument
+    add("--data", required=True, help="shapes, cifar10, or a folder of class folders")
+    add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to")
+    add("--classes", type=train.positive, help="how many classes to pick at random, as encode.py does; default: all")
+    add("--image-size", type=train.positive, help="side to which a folder's images are cropped; default: 32")
+    add("--num", type=train.positive, help="how many images, drawn at random; default: all")
+    add("--seed", type=train.number(int, 0, 2 ** 31), default=0, help="of everything random")
+    add("--out", required=True, help="the .npz to write")
+    args = parser.parse_args(argv)
+    if pathlib.Path(args.out).suffix != ".npz":
+        raise train.Problem(f"--out {args.out}: give a name that ends in .npz")
+    if (pathlib.Path(args.data) / "latents.json").exists():
+        raise train.Problem(f"--data {args.data}: latents are not images; give the folder that was encoded, with the same "
+                            "--classes, --seed and --image-size")
+    built_in = args.data in ("shapes", "cifar10")
+    if built_in:
+        if args.classes:
+            raise train.Problem(f"--classes {args.classes}: only a folder's classes can be picked; leave it away")
+        data = train.load_data(args)
+        source, labels = data.images, data.labels
+    else:
+        source, labels = common.image_folder(args.data, pick_classes(args.data, args.classes, args.seed))
+    if args.num and args.num > len(labels):
+        raise train.Problem(f"--num {args.num}: the data has {len(labels)} images")
+    pick = np.sort(np.random.default_rng(args.seed).permutation(len(labels))[:args.num])
+    images = source[pick] if built_in else common.read_images([source[i] for i in pick], args.image_size or 32)
+    train.write_npz(args.out, images, labels[pick])
+    print(f"{args.out}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["reference"]:
+        return reference(argv[1:])
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples")
     parser.add_argument("reference")
     parser.add_argument("--network", help="TorchScript file of a feature network")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     (x, x_labels), (y, y_labels) = load_npz(args.samples), load_npz(args.reference)
     if x.shape[1:] != y.shape[1:]:
         raise train.Problem(f"{args.samples}: images of {x.shape[1]}x{x.shape[2]}, the reference's are {y.shape[1]}x"
@@ -252,9 +292,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (train.Problem, OSError) as error:
-        sys.exit(f"measures.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    train.explained(main)

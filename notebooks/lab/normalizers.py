@@ -23,8 +23,8 @@ class Differenced(dydilit.TokenDifferential):
     """TokenDifferential over (Q - lambda Q') (sum_j (K_j - lambda K'_j))^T, which may be anything, zero included."""
 
     def forward(self, q, k, q_red, k_red, v, n_heads=1):
-        q = q - (self.router_q(q, q_red)[1] @ self.lambdas)[..., None] * q_red
-        k = k - (self.router_k(k, k_red)[1] @ self.lambdas)[..., None] * k_red
+        q = q - self.choose(self.router_q, q, q_red).squeeze(1) * q_red
+        k = k - self.choose(self.router_k, k, k_red).squeeze(1) * k_red
         mass = q @ k.sum(dim=1, keepdim=True).transpose(1, 2)
         return dydilit.attention_product(q, k, v) / torch.where(mass.abs() < 1e-6, 1e-6, mass)
 

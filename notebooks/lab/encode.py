@@ -1,0 +1,110 @@
+"""Encodes a folder of images into Stable Diffusion's latents, on which train.py trains.
+
+    pip install diffusers
+    python notebooks/lab/encode.py --data IMAGENET/train --classes 100 --out DIR
+    python train.py --data DIR --model DyDi-LiT-S/2
+
+--classes 100 picks 100 random classes, as the paper's Sub-IN does. Stopped at any moment, the same
+command goes on.
+"""
+import argparse
+import hashlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import train  # noqa: E402
+from common import class_folders, image_folder, read_images  # noqa: E402
+from train import Problem  # noqa: E402
+
+
+def pick_classes(root, count=None, seed=0):
+    """The class folders of a folder, or so many random ones of them."""
+    names = class_folders(root)
+    if count is None:
+        return names
+    if not 2 <= count <= len(names):
+        raise Problem(f"--classes {count}: {root} has {len(names)} class folders; give 2.."
+                      f"{len(names)}")
+    return sorted(np.random.default_rng(seed).choice(names, count, replace=False).tolist())
+
+
+def encoded_so_far(out, about):
+    """How many images `out` holds already. A folder of anything else is a Problem."""
+    state = out / "latents.json"
+    if not state.exists():
+        if train.occupied(out):
+            raise Problem(f"{out}: not empty; choose another --out")
+        return 0
+    try:
+        before = dict(json.loads(state.read_text()))
+        done = int(before["done"])
+    except (ValueError, TypeError, KeyError):
+        raise Problem(f"{state}: damaged; choose another --out") from None
+    different = [key for key, value in about.items() if before.get(key) != value]
+    if different:
+        raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose "
+                      "another --out")
+    return done
+
+
+@torch.no_grad()
+def encode(args):
+    """Latents of every image and of its mirror image, float16 and scaled, one sample of each."""
+    out, device = pathlib.Path(args.out), train.pick_device()
+    names = pick_classes(args.data, args.classes, args.seed)
+    paths, labels = image_folder(args.data, names)
+    files = "\n".join(str(path.relative_to(args.data)) for path in paths)
+    about = dict(files_sha256=hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
+                 total=len(paths), names=names, seed=args.seed, image_size=args.image_size,
+                 vae=args.vae)
+
+    def note(done):
+        with train.replacing(out / "latents.json", "w") as file:
+            json.dump(dict(about, scaling_factor=vae.config.scaling_factor, done=done), file, indent=1)
+
+    with train.claimed(out):
+        done = encoded_so_far(out, about)
+        vae = train.load_vae(args.vae, device)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if args.image_size % factor:
+            raise Problem(f"--image-size {args.image_size}: not a multiple of the VAE's factor {factor}")
+        if done == 0:
+            note(0)                                 # from here on the folder is this encoding's
+            np.save(out / "labels.npy", labels)
+            side = args.image_size // factor
+            shape = (len(paths), 2, vae.config.latent_channels, side, side)
+            np.lib.format.open_memmap(out / "latents.npy", "w+", np.float16, shape)
+        store = np.load(out / "latents.npy", mmap_mode="r+")
+        for start in tqdm(range(done, len(paths), args.batch_size), desc="encoding", unit="batch"):
+            chunk = paths[start:start + args.batch_size]
+            x = train.pixels(read_images(chunk, args.image_size, disable=True)).to(device)
+            torch.manual_seed(args.seed + start)    # the same latents wherever it was stopped
+            pair = [vae.encode(view).latent_dist.sample() * vae.config.scaling_factor
+                    for view in (x, x.flip(3))]
+            store[start:start + len(chunk)] = torch.stack(pair, dim=1).half().cpu().numpy()
+            store.flush()
+            note(start + len(chunk))
+    print(f"{out}: {len(paths)} images of {len(names)} classes, encoded")
+
+
+def main(argv=None):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="a folder of class folders, such as ImageNet's train/")
+    add("--out", required=True, help="the folder to write")
+    add("--classes", type=train.positive, help="how many classes to pick at random; default: all")
+    add("--image-size", type=train.positive, default=256, help="in pixels; default: %(default)s")
+    add("--seed", type=train.number(int, 0, 2 ** 31), default=0, help="of everything random")
+    add("--vae", default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: hub name or folder")
+    add("--batch-size", type=train.positive, default=16, help="images per pass of the VAE")
+    encode(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    train.explained(main)
