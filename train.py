@@ -30,7 +30,9 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 import dydilit
-from common import (  # noqa: F401
+
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent / "notebooks"))
+from lab.common import (  # noqa: E402, F401
     Data, Parser, Problem, amount, cifar10, claimed, explained, load_checkpoint, load_data,
     load_vae, number, occupied, pixels, positive, read_image, replacing, save_curve, save_grid,
     save_log, shapes, trained_model, write_npz)
@@ -41,11 +43,13 @@ SMALL_MODEL = "DyDi-LiT-XS/4"
 KNOBS = {   # the small model's default (minutes on a CPU), the others' (the paper's), the meaning
     "steps": (4000, 100_600, "optimizer steps"),
     "batch_size": (16, 256, "images per step, over all processes"),
-    "lr": (2e-3, 1e-4, "learning rate of AdamW, which runs without weight decay"),
+    "lr": (4e-3, 1e-4, "learning rate of AdamW, which runs without weight decay"),
+    "warmup": (100, 0, "first steps, over which the learning rate rises to that"),
     "cooldown": (1.0, 0.0, "last share of the steps, over which the learning rate falls to zero"),
-    "snr_cap": (0.5, 0.0, "weighs losses by min(1, cap / signal-to-noise ratio); 0: all alike"),
+    "beta2": (0.99, 0.999, "decay of AdamW's second moment"),
+    "log_loss": (1, 0, "1: minimize the logarithm of each image's loss, 0: the loss itself"),
     "ema": (0.998, 0.9999, "decay of the weights' moving average, which is what gets sampled"),
-    "cfg": (4.0, 4.0, "guidance scale of the sample grids"),
+    "cfg": (2.0, 4.0, "guidance scale of the sample grids"),
     "sampling_steps": (50, 250, "denoising steps of the sample grids"),
     "log_every": (50, 50, "steps between lines of log.csv"),
     "save_every": (300, 1000, "steps between checkpoints"),
@@ -53,7 +57,9 @@ KNOBS = {   # the small model's default (minutes on a CPU), the others' (the pap
 }
 LOSSES = ("loss", "simple", "variational")      # the logged ones
 LIMITS = {"lr": number(float, 1e-30, 1e6), "cooldown": number(float, 0, 1),
-          "ema": number(float, 0, 0.9999999), "sampling_steps": number(int, 1, 1000)}
+          "ema": number(float, 0, 0.9999999), "sampling_steps": number(int, 1, 1000),
+          "warmup": number(int, 0, 2 ** 31), "beta2": number(float, 0, 0.9999999),
+          "log_loss": number(int, 0, 1)}
 
 
 def arguments(argv):
@@ -70,8 +76,7 @@ def arguments(argv):
     add("--image-size", type=positive, help="side of a folder's images, cropped; default: 32")
     add("--model", default=SMALL_MODEL, help=f"one of {', '.join(dydilit.MODELS)}")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of ModelConfig")
-    add("--run", help="folder of the run; default: runs/ and the data's name. torchrun mistakes it "
-        "for an option of its own, unless -- stands before train.py")
+    add("--run", help="folder of the run; default: runs/ and the data's name")
     for name, (small, paper, meaning) in KNOBS.items():
         kind = LIMITS.get(name) or (positive if isinstance(paper, int) else amount)
         add("--" + name.replace("_", "-"), type=kind,
@@ -225,11 +230,9 @@ class Training:
                           f"{given[name]}; leave it away")
         self.model = dydilit.build_model(args.model, parts, **given, **changed).to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, (0.9, args.beta2),
+                                           weight_decay=0, fused=True)
         self.diffusion = dydilit.GaussianDiffusion().to(device)
-        snr = (self.diffusion.sqrt_alpha_bar / self.diffusion.sqrt_one_minus).square().cpu()
-        self.loss_weight = (args.snr_cap / snr).clamp(max=1) if args.snr_cap else snr.new_ones(1000)
         self.step, self.log, self.stop = 0, [], False
         # Since the last line of the log: sums of three losses, images, and the largest gradient.
         self.window = torch.zeros(5, device=device)
@@ -238,8 +241,8 @@ class Training:
         self.identity = dict(
             dataclasses.asdict(self.model.cfg), names=data.names, images=len(data.labels),
             images_sha256=hashlib.sha256(some).hexdigest(), flip=data.flip, seed=args.seed,
-            batch_size=args.batch_size, lr=args.lr, cooldown=args.cooldown, snr_cap=args.snr_cap,
-            ema=args.ema)
+            **{name: getattr(args, name) for name in (
+                "batch_size", "lr", "warmup", "cooldown", "beta2", "log_loss", "ema")})
 
     def resume(self):
         """Goes on from the folder's checkpoint, or else makes sure that the folder is empty."""
@@ -314,7 +317,9 @@ class Training:
         generator = torch.Generator().manual_seed(seed)
         index = batch_indices(len(self.data.labels), size, self.step, args.seed)
         mirror = torch.rand(size, generator=generator) < 0.5
-        t = torch.randint(1000, (size,), generator=generator)
+        # A batch's timesteps are spread evenly, one in each of `size` equal parts of 0..999.
+        parts = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)
+        t = (parts / size * 1000).long().clamp(max=999)
         shape = (size, cfg.in_channels, cfg.input_size, cfg.input_size)
         noise = torch.randn(shape, generator=generator)
         torch.manual_seed((seed * self.world + self.rank) % 2 ** 63)        # for the label dropout
@@ -324,12 +329,13 @@ class Training:
         for part in (micro := mine.chunk(args.accumulate)):
             batch = *self.data.batch(index[part], mirror[part]), t[part], noise[part]
             x, y, t_part, noise_part = (send(tensor, self.device) for tensor in batch)
-            weight = send(self.loss_weight[t[part]], self.device)
             wait = self.world > 1 and part is not micro[-1]         # gradients travel once a step
             with self.wrapped.no_sync() if wait else contextlib.nullcontext():
                 with autocast(self.device):
                     losses = self.diffusion.losses(self.forward, x, y, t_part, noise_part)
-                ((losses["loss"] * weight).sum() / len(mine)).backward()
+                # With the logarithm, every noise level counts alike, however small its loss is.
+                objective = losses["loss"].log() if args.log_loss else losses["loss"]
+                (objective.sum() / len(mine)).backward()
             sums += torch.stack([losses[name].detach().sum() for name in LOSSES])
         if self.world > 1:
             dist.all_reduce(sums)
@@ -337,9 +343,10 @@ class Training:
         self.window[3] += size
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.window[4] = torch.maximum(self.window[4], torch.nn.utils.get_total_norm(gradients))
-        left = 1 - self.step / args.steps
+        rise = (self.step + 1) / max(1, args.warmup)
+        fall = (1 - self.step / args.steps) / args.cooldown if args.cooldown else 1
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * (min(1, left / args.cooldown) if args.cooldown else 1)
+            group["lr"] = args.lr * min(1, rise, fall)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -18,10 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import dydilit
 import train
-from lab import encode, measures
+from lab import common, encode, measures
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 TINY = ["--batch-size", "8", "--sampling-steps", "2", "--set", "dim=16", "depth=1", "n_gammas=2", "n_lambdas=2",
@@ -702,7 +701,7 @@ BAD = [
     (["--image-size", "64"], "--image-size 64: only a folder's images are cropped; leave it away"),
     (["--sampling-steps", "2000"], "argument --sampling-steps: 2000 is not in 1..1000"),
     (["--cooldown", "2"], "argument --cooldown: 2 is not in 0..1"),
-    (["--snr-cap", "nan"], "argument --snr-cap: nan is not in 0.."),
+    (["--lr", "nan"], "argument --lr: nan is not in 1e-30.."),
     (["--seed", "-1"], "argument --seed: -1 is not in 0.."),
     (["--batch-size", "8", "--accumulate", "3"], "--batch-size 8: not a multiple of 1 processes x --accumulate 3"),
     (["--lr", "-1"], "argument --lr: -1 is not in 1e-30.."),

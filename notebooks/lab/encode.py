@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import train  # noqa: E402
-from common import class_folders, image_folder, read_images  # noqa: E402
+from lab.common import class_folders, image_folder, read_images  # noqa: E402
 from train import Problem  # noqa: E402
 
 

@@ -31,10 +31,9 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import common  # noqa: E402
 import dydilit  # noqa: E402
 import train  # noqa: E402
-from lab import cost, measures  # noqa: E402
+from lab import common, cost, measures  # noqa: E402
 
 GUIDANCES = (1, 4)              # Table 1's scales; Tables 4 to 6 are at 4
 BANDS = 10                      # of timesteps

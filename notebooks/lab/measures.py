@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import common  # noqa: E402
 import train  # noqa: E402
+from lab import common  # noqa: E402
 from lab.encode import pick_classes  # noqa: E402
 
 # ---- The measures, on features --------------------------------------------------------------------------------------
