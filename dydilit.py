@@ -359,7 +359,7 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: image_size={self.image_size} is not a multiple of "
                              f"vae_factor x patch_size = {self.vae_factor} x {self.patch_size}")
         if self.dim % 4 or self.dim % self.n_heads:                         # 4 for the positions
-            raise ValueError(f"ModelConfig: {self.dim=} is not a multiple of 4 and {self.n_heads=}")
+            raise ValueError(f"dim={self.dim} is not a multiple of 4 and n_heads={self.n_heads}")
         if self.differential != "none" and not self.dynamic_projection:
             raise ValueError(f"ModelConfig: differential={self.differential!r} subtracts what the "
                              "dynamic projection predicts, so it needs dynamic_projection=True")

@@ -7,8 +7,7 @@
     python train.py sample --run runs/shapes                a labelled grid of samples
     python train.py sample --run runs/shapes --num 50000    an .npz of samples, to be measured
 
-notebooks/lab/encode.py makes latents; notebooks/lab/measures.py compares samples with data.
-"""
+notebooks/lab/encode.py makes latents; notebooks/lab/measures.py compares samples with data."""
 import argparse
 import contextlib
 import copy
@@ -56,10 +55,10 @@ KNOBS = {   # the small model's default (minutes on a CPU), the others' (the pap
     "sample_every": (2000, 10_000, "steps between sample grids"),
 }
 LOSSES = ("loss", "simple", "variational")      # the logged ones
-LIMITS = {"lr": number(float, 1e-30, 1e6), "cooldown": number(float, 0, 1),
-          "ema": number(float, 0, 0.9999999), "sampling_steps": number(int, 1, 1000),
-          "warmup": number(int, 0, 2 ** 31), "beta2": number(float, 0, 0.9999999),
-          "log_loss": number(int, 0, 1)}
+share = number(float, 0, 0.9999999)
+LIMITS = dict(lr=number(float, 1e-30, 1e6), cooldown=number(float, 0, 1), ema=share, beta2=share,
+              sampling_steps=number(int, 1, 1000), log_loss=number(int, 0, 1),
+              warmup=number(int, 0, 2 ** 31))
 
 
 def arguments(argv):
@@ -171,8 +170,7 @@ def sample(args, parts):
         numbers = {**{str(c): c for c in range(len(names))}, **{n: c for c, n in enumerate(names)}}
         for name in args.classes.split(","):
             if name not in numbers:
-                raise Problem(f"--classes {name}: this run knows 0..{len(names) - 1}, or "
-                              f"{', '.join(names[:10])} ...")
+                raise Problem(f"--classes {name}: this run knows 0..{len(names) - 1} and names")
         classes = [numbers[name] for name in args.classes.split(",")]
     count = args.num or 10 * len(classes)
     labels = [classes[i * len(classes) // count] for i in range(count)]
@@ -182,8 +180,7 @@ def sample(args, parts):
     images = generate(model, labels, steps, cfg, args.sampler, args.seed,
                       load_vae(vae, device) if vae else None, args.batch_size)
     write_npz(out, images, labels) if args.num else save_grid(out, images, labels, names)
-    print(f"{out}: {len(images)} samples, step {state['step']}, {steps} {args.sampler} steps, "
-          f"guidance {cfg:g}")
+    print(f"{out}: {len(images)} samples, step {state['step']}, {steps} steps, guidance {cfg:g}")
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -260,8 +257,7 @@ class Training:
             if self.rank == 0:
                 print(f"{self.folder}: resuming at step {self.step} of {self.args.steps}")
         elif self.rank == 0 and occupied(self.folder):
-            raise Problem(f"{self.folder}: not empty, and no checkpoint in it; choose another "
-                          "--run")
+            raise Problem(f"{self.folder}: it has files but no checkpoint; choose another --run")
 
     def on_signal(self, number, frame):
         """The first Ctrl-C asks the run to stop after its step, the second insists."""
@@ -275,11 +271,11 @@ class Training:
         if not self.checkpoint.exists():
             self.save()                                     # from here on the folder is this run's
         if main:
+            config = dict(vars(args), model_config=dataclasses.asdict(self.model.cfg))
             with replacing(self.folder / "config.json", "w") as file:
-                config = dict(vars(args), model_config=dataclasses.asdict(self.model.cfg))
                 json.dump(config, file, indent=1)
-            if self.device.type == "cuda" and not has_bfloat16(self.device):
-                print("This GPU does not compute in bfloat16; training runs in float32.")
+        if main and self.device.type == "cuda" and not has_bfloat16(self.device):
+            print("This GPU does not compute in bfloat16; training runs in float32.")
         parallel = torch.nn.parallel.DistributedDataParallel
         self.wrapped = parallel(self.model) if self.world > 1 else self.model
         self.forward = torch.compile(self.wrapped) if args.compile else self.wrapped
@@ -356,9 +352,8 @@ class Training:
     def check_finite(self):
         """Stops a run whose loss or gradient is no number before it can spoil the checkpoint."""
         if not self.window.isfinite().all():
-            raise Problem(f"the loss or its gradient is no longer finite at step {self.step}; "
-                          f"{self.checkpoint} keeps the last good weights: start another --run "
-                          "with a lower --lr")
+            raise Problem(f"the loss is no longer finite at step {self.step}; {self.checkpoint} "
+                          "keeps the last good weights: start another --run with a lower --lr")
 
     def report(self):
         """Writes what happened since the last report into log.csv and the progress bar."""
@@ -437,8 +432,7 @@ def train(args, parts):
             training.grid(folder / "samples.png")
             print(f"{folder}: {args.steps} steps done; look at samples.png and loss.png")
         elif rank == 0:
-            print(f"{training.checkpoint}: saved at step {training.step}; the same command goes on "
-                  "from here")
+            print(f"{training.checkpoint}: saved at step {training.step}; repeat the command")
     if world > 1:
         dist.destroy_process_group()
     if not finished:
@@ -448,8 +442,7 @@ def train(args, parts):
 def main(argv=None, parts=dydilit.block_parts):
     args = arguments(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")
     {"train": train, "sample": sample}[args.command](args, parts)
 
 

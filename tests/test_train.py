@@ -444,7 +444,7 @@ def run(cli):
 def test_sample_writes_grids_and_adms_layout(run, capsys):
     run("sample", "--run", "runs/shapes", "--classes", "star,3")
     run("sample", "--run", "runs/shapes", "--num", 23, "--steps", 3, "--cfg", 1, "--batch-size", 7, "--sampler", "ddim")
-    assert "23 samples, step 3, 3 ddim steps, guidance 1" in capsys.readouterr().out
+    assert "23 samples, step 3, 3 steps, guidance 1" in capsys.readouterr().out
     samples = np.load("runs/shapes/samples.npz")
     assert samples["arr_0"].shape == (23, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
     assert sorted(np.bincount(samples["arr_1"])) == [2] * 7 + [3] * 3 and (np.diff(samples["arr_1"]) >= 0).all()
@@ -685,7 +685,7 @@ BAD = [
     (["sample", "--run", "few-names"], "few-names/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["--run", "no-optimizer"], "no-optimizer/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
     (["sample", "--run", "list"], "list/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
-    (["--run", "mine"], "mine: not empty, and no checkpoint in it; choose another --run"),
+    (["--run", "mine"], "mine: it has files but no checkpoint; choose another --run"),
     (["--run", "file"], "file: Not a directory|file: File exists"),
     (["--run", "/proc/nowhere"], "/proc/nowhere: .*; check the path"),
     (["--model", "DiT-XXL"], "no model 'DiT-XXL'; choose one of"),
@@ -694,6 +694,8 @@ BAD = [
     (["--set", "dim=18"], "dim=18 is not a multiple of 4"),
     (["--set", "kernel=gauss"], "kernel='gauss' is not one of"),
     (["--set", "dwc=maybe"], "dwc='maybe' is not one of"),
+    (["--set", "gamma_init=-3"], "gamma_init=-3 is not a number from 0 on"),
+    (["--set", "lambda_init=3"], "lambda_init=3 is not two numbers"),
     (["--set", "image_size=64"], "--set image_size=64: the data decide this, they have 32; leave it away"),
     (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
