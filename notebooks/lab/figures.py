@@ -6,8 +6,8 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from lab import example as spine
 
@@ -46,7 +46,7 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
     """
     ax = ax or plt.subplots()[1]
     for name, values in ys.items():
-        ax.plot(array(x), array(values), **(look(name, markers) if name in LOOKS else {"label": name, "marker": "o"}))
+        ax.plot(array(x), array(values), **(look(name, markers) if name in LOOKS else {"label": name, "marker": "o" if markers else ""}))
     ax.set(xlabel=xlabel, ylabel=ylabel, **settings)
     for axis, ticks in [(ax.xaxis, xticks), (ax.yaxis, yticks)]:
         if ticks is not None:
@@ -386,3 +386,103 @@ def slider(function, **ranges):
     kind = ipywidgets.IntSlider if all(isinstance(n, int) for n in (low, high, step, start)) else ipywidgets.FloatSlider
     ipywidgets.interact(function, **{name: kind(value=start, min=low, max=high, step=step, description=name,
                                                 continuous_update=False)})
+
+
+# ---- Routing (lessons 2 and 3) --------------------------------------------------------------------------------------
+
+CHOICES = ["#8FBCE0", "#F2B48C", "#8FD1B9", "#E7C6DA", "#666666", "#F0E442", "#C9A66B"]     # light, so that text can lie on them
+
+
+def show_choices(choices, names, ex=None):
+    """The photograph, and beside it what each token chose from a bank; under each map the shares of the choices.
+
+    choices: {title: (256,) int}; names: a word for each member of the bank.
+    """
+    ex = ex or spine.example()
+    fig, axes = plt.subplots(1, len(choices) + 1, figsize=(3.0 * len(choices) + 3.0, 4.1))
+    show_example(axes[0], ex)
+    for ax, (title, index) in zip(axes[1:], choices.items()):
+        ax.imshow(array(index).reshape(spine.SIDE, spine.SIDE), cmap=ListedColormap(CHOICES[:len(names)]), vmin=-0.5,
+                  vmax=len(names) - 0.5, interpolation="nearest")
+        clear(ax)
+        outline(ax, ex.face, BLACK)
+        outline(ax, ex.sky, "white")
+        box(ax, divmod(ex.query, spine.SIDE))
+        ax.set_title(title, fontsize=14)
+        load = torch.bincount(index.flatten(), minlength=len(names)) / index.numel()
+        ax.set_xlabel("  ".join(f"{share:.0%}" for share in load.tolist()), fontsize=13)
+    fig.legend(handles=[Patch(facecolor=colour, label=name) for colour, name in zip(CHOICES, names)],
+               loc="outside lower center", ncols=len(names), fontsize=13, frameon=False)
+    plt.show()
+
+
+def show_cones(router, extent=2.0):
+    """The plane, coloured by what a router (a Router of width 2) chooses there, its columns as arrows."""
+    axis = torch.linspace(-extent, extent, 401)
+    plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)                      # (401, 401, 2)
+    columns = array(router.weight)
+    _, ax = plt.subplots(figsize=(5.4, 5.0))
+    ax.imshow(array(router(plane)[0]), origin="lower", extent=(-extent, extent) * 2, vmin=-0.5, vmax=len(columns) - 0.5,
+              cmap=ListedColormap(CHOICES[:len(columns)]), interpolation="nearest")
+    for i, (x, y) in enumerate(columns):
+        ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=BLACK, linewidth=2, shrinkA=0, shrinkB=0))
+        length = (x * x + y * y) ** 0.5
+        ax.text(x + 0.18 * x / length, y + 0.18 * y / length, i, ha="center", va="center", fontsize=17)
+    ax.set(xlabel="first entry of the token", ylabel="second entry of the token", aspect="equal",
+           xticks=range(-2, 3), yticks=range(-2, 3))
+    ax.grid(False)
+    plt.show()
+
+
+def show_cells(rows):
+    """Rows of small coloured squares with a word in each. rows: {label: (words, colours)}, colours as int of CHOICES."""
+    longest = max(len(words) for words, _ in rows.values())
+    _, ax = plt.subplots(figsize=(0.62 * longest + 2.2, 0.85 * len(rows) + 0.2))
+    for y, (words, colours) in enumerate(rows.values()):
+        for x, (word, colour) in enumerate(zip(words, colours)):
+            ax.add_patch(Rectangle((x - 0.48, y - 0.36), 0.96, 0.72, facecolor=CHOICES[int(colour)]))
+            ax.text(x, y, word, ha="center", va="center", fontsize=13)
+    ax.set(xlim=(-0.6, longest - 0.4), ylim=(len(rows) - 0.5, -0.5))
+    clear(ax)
+    ax.set_yticks(range(len(rows)), list(rows))
+    plt.show()
+
+
+def bands(x, runs, xlabel, ylabel, ax=None, **settings):
+    """The mean of several runs as a line, from the lowest to the highest as a band. runs: {name: (runs, len(x))}.
+
+    settings: what curves() takes. Returns the axes.
+    """
+    ax = curves(x, {name: array(values).mean(axis=0) for name, values in runs.items()}, xlabel, ylabel, ax=ax, **settings)
+    for line, values in zip(ax.get_lines()[-len(runs):], runs.values()):
+        line.set_marker("")
+        ax.fill_between(array(x), array(values).min(axis=0), array(values).max(axis=0), color=line.get_color(), alpha=0.15,
+                        linewidth=0)
+    ax.legend()
+    return ax
+
+
+def show_arrows(fans):
+    """Arrows from the origin in the first quadrant, one panel for each of {title: (n, 2)}; arrow i has the same colour in all."""
+    _, axes = plt.subplots(1, len(fans), figsize=(3.7 * len(fans), 3.9), sharey=True)
+    for ax, (title, arrows) in zip(axes, fans.items()):
+        for (x, y), colour in zip(array(arrows), plt.cm.plasma(np.linspace(0, 0.85, len(arrows)))):
+            ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=0, shrinkB=0))
+        ax.set(xlim=(0, 1.1), ylim=(0, 1.1), aspect="equal", xlabel="first entry", title=title, xticks=[0, 0.5, 1],
+               yticks=[0, 0.5, 1])
+    axes[0].set_ylabel("second entry")
+    plt.show()
+
+
+def show_percentages(table, rows, columns, xlabel):
+    """A table of shares, blue for all and red for none. table: (R, C) in 0..1, nan where there is nothing to say."""
+    table = array(table)
+    _, ax = plt.subplots(figsize=(0.95 * len(columns) + 3.6, 0.52 * len(rows) + 1.0))
+    ax.imshow(table, cmap="RdYlBu", vmin=-0.4, vmax=1.4, aspect="auto")
+    for (i, j), share in np.ndenumerate(table):
+        ax.text(j, i, "–" if np.isnan(share) else f"{share:.0%}", ha="center", va="center", fontsize=14)
+    clear(ax)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xlabel(xlabel)
+    plt.show()
