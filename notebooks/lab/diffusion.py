@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import dydilit
-from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, array, curves
+from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, array, clear, curves
 
 REACH = 2.7                                 # the plane is drawn from -REACH to REACH
 
@@ -142,3 +142,13 @@ def lines(x, ys, xlabel, ylabel, level=None, **settings):
         ax.axhline(level, color=GREY, linestyle="-", linewidth=1)
     ax.legend()
     return ax
+
+
+def show_pictures(pictures):
+    """Pictures of any size side by side. pictures: {title: (3, S, S) in [-1, 1]}."""
+    _, axes = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 4.4))
+    for ax, (title, picture) in zip(axes, pictures.items()):
+        ax.imshow(array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1), interpolation="nearest")
+        clear(ax)
+        ax.set_title(title)
+    plt.show()
