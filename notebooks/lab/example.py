@@ -106,9 +106,14 @@ def noisy(ex, copies, sigma=NOISE):
     return (ex.features + sigma * torch.randn(copies, *ex.features.shape, device=ex.features.device)) @ ex.embed
 
 
-@functools.cache
 def attention(name, seed=0, steps=200):
     """An Attention, trained if it has weights to train. The same name gives the same module again."""
+    return trained(name, seed, steps)
+
+
+@functools.cache
+def trained(name, seed, steps):
+    """attention's work, done once for each of its arguments."""
     ex = example(seed)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
