@@ -28,8 +28,8 @@ def stamp(cell):
 
 
 def smaller(png):
-    """A large picture with 256 colours, a third of its size; base64 in and out. Plots are small and stay as they are."""
-    if len(png) < 120_000:
+    """A picture with 256 colours, a third of its size; base64 in and out. Very small ones stay as they are."""
+    if len(png) < 40_000:
         return png
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     out = io.BytesIO()
