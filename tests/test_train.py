@@ -744,7 +744,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, bad_places, tmp_path, ar
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--lr", "0.5"], "this run has lr 0.002, not 0.5; repeat its flags, or choose another --run"),
+    (["--lr", "0.5"], "this run has lr 0.004, not 0.5; repeat its flags, or choose another --run"),
     (["--seed", "3"], "has seed 0, not 3"), (["--batch-size", "16"], "has batch_size 8, not 16"),
     (["--set", "dim=24"], "has dim 16, not 24"), (["--ema", "0.5"], "has ema 0.998, not 0.5")])
 def test_flags_that_contradict_the_checkpoint_are_named(cli, flags, message):
