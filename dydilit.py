@@ -607,7 +607,7 @@ class DyDiLiT(nn.Module):
         if scale == 1:
             return self(x, t, y)
         y = torch.cat([y, torch.full_like(y, self.cfg.n_classes)])          # with class, without
-        both = self(x.repeat(2, 1, 1, 1), t.repeat(2), y)
+        both = at_least_float32(self(x.repeat(2, 1, 1, 1), t.repeat(2), y))
         with_class, without = both.chunk(2)                                 # (B, 2C, S, S) each
         c = self.cfg.in_channels
         noise = without[:, :c] + scale * (with_class[:, :c] - without[:, :c])
