@@ -185,6 +185,7 @@ def test_command_with_a_network_of_the_user_s(tmp_path, monkeypatch, capsys, net
     assert float(values["FID"]) == pytest.approx(measures.frechet_distance(want[1], want[0]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_command_with_a_classifier_of_the_data(tmp_path, monkeypatch, capsys):
     data = train.shapes(2000, size=16)
     real = npz(tmp_path / "ref.npz", data.images, data.labels)
