@@ -83,7 +83,7 @@ def show_chance(measured, shuffled):
         ax.barh(i, high - low, left=low, height=0.55, color="#C8C8C8", label=f"{len(shuffled[name])} shuffles" if i == 0 else None)
         ax.plot(value, i, "o", color=ORANGE, markersize=11, label="the classes" if i == 0 else None)
     ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlabel="share of the tokens that would have to change", xlim=(0, None))
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     ax.invert_yaxis()
     fig.legend(loc="outside upper center", ncols=2, frameon=False)
     plt.show()
