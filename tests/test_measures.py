@@ -12,7 +12,7 @@ import torch
 
 import dydilit
 import train
-from lab import ladder, measures
+from lab import ladder, lambda0, measures
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
 
@@ -253,6 +253,41 @@ def test_variants_are_those_of_the_tables():
         ladder.flags("rung7", known)
 
 
+def test_lambda_held_at_0_is_rung_5_without_the_subtraction():
+    overrides = dict(dydilit.LADDER[4][1], dim=16, depth=2, image_size=32, vae_factor=1)
+    torch.manual_seed(0)
+    rung5 = dydilit.build_model(train.SMALL_MODEL, **overrides)
+    torch.manual_seed(0)
+    held = dydilit.build_model(train.SMALL_MODEL, lambda0.parts, **overrides)
+    before, after = rung5.state_dict(), held.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"blocks.{i}.attn.differential.lambdas" for i in range(2)}
+    attn = held.blocks[0].attn
+    x, other = features(2 * 9, 16).float().view(2, 9, 16), features(2 * 9, 16, 1).float().view(2, 9, 16)
+    q, k = x.relu(), other.relu()
+    torch.testing.assert_close(attn.differential(q, k, k, q, x), dydilit.linear_attention(q, k, x))      # divided by the mass
+    held(torch.randn(4, held.cfg.in_channels, 32, 32), torch.arange(4), torch.arange(4)).sum().backward()
+    assert all(b.attn.differential.lambdas.grad is None and not b.attn.differential.lambdas.any() for b in held.blocks)
+
+
+def test_held_out_loss_is_measured_as_in_training():
+    data = train.shapes(20)
+    plain, logs = ladder.held_out_losses(model := Constant(), data, batch=7)
+    t = 300 + torch.randint(100, (20,), generator=torch.Generator().manual_seed(3))
+    x, x_t, noise, y = ladder.noisy(data, t, seed=1003)
+    want = dydilit.GaussianDiffusion().losses(model, x, y, t, noise)
+    assert plain[3] == pytest.approx((0.5 * x_t - noise).square().mean().item(), rel=1e-5)
+    assert logs[3] == pytest.approx(np.mean([math.log(loss) for loss in want["loss"]]), rel=1e-5)
+
+
+class Constant(torch.nn.Module):
+    """Predicts half of its input as the noise, and the smallest variance."""
+    pos_embed = torch.zeros(1)
+
+    def forward(self, x, t, y):
+        return torch.cat([0.5 * x, -torch.ones_like(x)], 1)
+
+
 def test_tables_take_lines_of_runs_with_more_or_fewer_measures(tmp_path):
     train.save_log(tmp_path / "runs.csv", [dict(seed=0, FID=3), dict(seed=1, FID=4, recognized=0.5)])
     assert ladder.read(tmp_path / "runs.csv") == [dict(seed="0", FID="3", recognized=""),
@@ -295,6 +330,9 @@ def test_ladder_of_notebook_10_runs_resumes_and_repeats_itself(tmp_path, network
         assert 0.5 < float(line["held_out_loss"]) < 2 and float(line["cfg1_FID"]) > 0 and line["images"] == "8"
         bands = [float(line[f"band{b}"]) for b in range(ladder.BANDS)]
         assert float(line["held_out_loss"]) == pytest.approx(np.mean(bands), rel=1e-4)
+        logs = [float(line[f"log_band{b}"]) for b in range(ladder.BANDS)]
+        assert float(line["held_out_log"]) == pytest.approx(np.mean(logs), abs=1e-4)
+        assert float(line["cfg2_KID"]) and float(line["cfg4_FID"]) > 0 and line["commit"] == ladder.commit()
     for line in first["routers"]:
         assert 1 <= float(line["perplexity"]) <= int(line["choices"]) and 0 <= float(line["shuffles_as_high"]) <= 1
         assert 1 <= int(line["favourites"]) <= 10 and 1 <= float(line["favourites_shuffled"]) <= 10

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted(HERE.glob("[0-9A][0-9_]*.ipynb"))       # the lessons, and the appendix
 LIBRARY = (HERE.parent / "dydilit.py").read_bytes()
 os.environ["LAB_STATIC"] = "1"              # the kernels inherit it: sliders show their static picture only
 

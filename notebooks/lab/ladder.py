@@ -4,12 +4,13 @@
     python notebooks/lab/ladder.py --data cifar10 --data-dir DIR                            CIFAR-10, or files in its layout
     python notebooks/lab/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
     python notebooks/lab/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
+    python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants lambda0:normalizer=none ...   notebook 10's
 
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
-MACs. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
+MACs; lambda0, rung5 with lambda held at 0, only if it is named. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
 routers.csv a line per run and router, real.csv a line per data set: what real images would score in place of the
-generated ones. Stopped at any moment, the same command goes on.
+generated ones. Stopped at any moment, the same command goes on. A line's `commit` is that of the code at the start.
 """
 import argparse
 import concurrent.futures
@@ -35,7 +36,8 @@ import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import common, cost, measures  # noqa: E402
 
-GUIDANCES = (1, 4)              # Table 1's scales; Tables 4 to 6 are at 4
+RECIPE = f"{train.KNOBS['cfg'][0]:g}"                 # the guidance of the small model's recipe
+GUIDANCES = ("1", RECIPE, "4")  # 1 and 4 are Table 1's scales; Tables 4 to 6 are at 4
 BANDS = 10                      # of timesteps
 KEY = ("data", "model", "variant", "seed", "steps", "samples", "sampling_steps", "network")
 
@@ -59,6 +61,7 @@ def equal_macs(model, base, **overrides):
 def variants(model, base):
     """{variant: overrides of `model`}; base: the data's fields of ModelConfig."""
     out = {f"rung{i}": dict(overrides) for i, (_, overrides) in enumerate(dydilit.LADDER, 1)}
+    out["lambda0"] = dict(out["rung5"])                 # and lambda0.py in place of train.py
     out["map"] = dict(out["rung5"], differential="map")
     out["increasing"] = dict(out["rung5"], lambda_init=[0.2, 0.8])
     with torch.device("meta"):
@@ -102,15 +105,21 @@ def noisy(data, t, seed):
 
 @torch.no_grad()
 def held_out_losses(model, data, batch=100):
-    """Mean squared error of the predicted noise on held-out images, per band of timesteps, the noise being fixed."""
-    device, width, losses = model.pos_embed.device, 1000 // BANDS, []
+    """Losses on held-out images with noise that is always the same, a number per band of timesteps.
+
+    Returns two lists: the mean squared error of the predicted noise, and the mean logarithm of an image's loss, which is
+    what training minimizes.
+    """
+    device, width, plain, logs = model.pos_embed.device, 1000 // BANDS, [], []
+    diffusion = dydilit.GaussianDiffusion().to(device)
     for band in range(BANDS):
         t = band * width + torch.randint(width, (len(data.labels),), generator=torch.Generator().manual_seed(band))
-        x, x_t, noise, y = noisy(data, t, seed=1000 + band)
-        batches = zip(*(a.to(device).split(batch) for a in (x_t, t, y)))
-        predicted = torch.cat([model(*inputs)[:, :x.shape[1]].cpu() for inputs in batches])
-        losses.append((predicted - noise).square().mean().item())
-    return losses
+        x, _, noise, y = noisy(data, t, seed=1000 + band)
+        batches = zip(*(a.to(device).split(batch) for a in (x, y, t, noise)))
+        found = [diffusion.losses(model, *inputs) for inputs in batches]
+        plain.append(torch.cat([losses["simple"] for losses in found]).mean().item())
+        logs.append(torch.cat([losses["loss"] for losses in found]).log().mean().item())
+    return plain, logs
 
 
 def attention_map(attn, x):
@@ -154,7 +163,7 @@ def look_inside(model, data, n=200, shuffles=200):
     """Lines for blocks.csv and routers.csv, from n held-out images at all noise levels."""
     t = torch.randint(1000, (n,), generator=torch.Generator().manual_seed(0))
     _, x_t, _, y = noisy(data, t, seed=0)
-    blocks, chosen, hooks = [], {}, []
+    blocks, chosen, hooks, subtracted = [], {}, [], []
 
     def attention(module, inputs, output):
         weights = attention_map(module, inputs[0])
@@ -162,11 +171,18 @@ def look_inside(model, data, n=200, shuffles=200):
         line = dict(block=len(blocks), row_entropy=measures.row_entropy(weights).mean().item(),
                     row_variance=measures.row_variance(weights).mean().item(), similarity_in=similarity(inputs[0]),
                     similarity_out=similarity(output))
+        line["subtracted_q"] = subtracted.pop() if subtracted else ""
+        subtracted.clear()
         for name, bank in (("gamma", getattr(getattr(module, "kernel", None), "gammas", None)),
                            ("lambda", getattr(getattr(module, "differential", None), "lambdas", None))):
             for f in ("mean", "min", "max"):
                 line[f"{name}_{f}"] = "" if bank is None else getattr(bank, f)().item()
         blocks.append(line)
+
+    def difference(module, inputs, output):
+        q, _, q_red = inputs[:3]
+        lambda_q = module.choose(module.router_q, q, q_red).squeeze(1)
+        subtracted.append(((lambda_q * q_red).norm(dim=-1).mean() / q.norm(dim=-1).mean()).item())
 
     def choices(module, inputs, output):
         chosen[names[module]] = output[1].sum(1).round().long().cpu().numpy()
@@ -175,6 +191,8 @@ def look_inside(model, data, n=200, shuffles=200):
     for module in names:
         if isinstance(module, (dydilit.DyDiLA, dydilit.SoftmaxAttention)):
             hooks.append(module.register_forward_hook(attention))
+        if isinstance(module, dydilit.TokenDifferential):
+            hooks.append(module.register_forward_hook(difference))
         if isinstance(module, dydilit.Router):
             hooks.append(module.register_forward_hook(choices))
     model(*(a.to(model.pos_embed.device) for a in (x_t, t, y)))
@@ -215,6 +233,19 @@ def data_folder(args, data):
     return pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
 
 
+def commit():
+    """The commit of this code, with a + if files that it tracks have changed since; "" where there is no git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"], cwd=ROOT, check=True,
+                              capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+def trainer(variant):
+    """What trains a variant, and samples from it."""
+    return "notebooks/lab/lambda0.py" if variant.partition(":")[0] == "lambda0" else "train.py"
+
+
 def run_folder(args, data, variant, steps, seed):
     return data_folder(args, data) / f"{variant.replace(':', '-')}-{steps}-{seed}"
 
@@ -223,30 +254,32 @@ def sample_file(args, run, guidance):
     return run / f"samples-cfg{guidance}-{args.samples}-{args.sampling_steps}.npz"
 
 
-def one_run(args, key, train_flags, known_network):
+def one_run(args, key, train_flags, known_network, made_by):
     """Trains, samples and measures. Returns its line of runs.csv, and its lines of blocks.csv and routers.csv."""
     train.keep_freed_memory()
     started, run = time.time(), run_folder(args, *(key[k] for k in ("data", "variant", "steps", "seed")))
     log = run.with_name(run.name + ".log")
-    call(log, "train.py", "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
+    script = trainer(key["variant"])
+    call(log, script, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, *train_flags)
     device = train.pick_device()
     model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt"), device)
     data = held_out(key["data"], args.data_dir)
-    losses = held_out_losses(model, data)
+    losses, logs = held_out_losses(model, data)
     blocks, routers = look_inside(model, data)
     last = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
-    row = dict(key, dim=model.cfg.dim, depth=model.cfg.depth, parameters=sum(p.numel() for p in model.parameters()),
+    row = dict(key, commit=made_by, dim=model.cfg.dim, depth=model.cfg.depth, parameters=sum(p.numel() for p in model.parameters()),
                honest_gmacs=sum(cost.count_macs(model)["honest"].values()) / 1e9, images=last[-1]["images"],
                train_loss=float(last[-1]["loss"]), max_grad_norm=max(float(line["grad_norm"]) for line in last),
-               held_out_loss=float(np.mean(losses)), **{f"band{b}": loss for b, loss in enumerate(losses)})
+               held_out_loss=float(np.mean(losses)), **{f"band{b}": loss for b, loss in enumerate(losses)},
+               held_out_log=float(np.mean(logs)), **{f"log_band{b}": log for b, log in enumerate(logs)})
     network, real = known_network
     if args.network:                                        # TorchScript does not travel between processes
         network = measures.load_network(args.network)
     for guidance in GUIDANCES:
         out = sample_file(args, run, guidance)
         if not out.exists():
-            call(log, "train.py", "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
+            call(log, script, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
                  "--sampler", "ddim", "--seed", key["seed"], "--out", out)
         images, labels = measures.load_npz(out)
         generated = measures.extract(images, network)
@@ -302,11 +335,11 @@ def yardstick(args, data, known_network):
 
 def keep_features(args, data, known_network, per_class=30):
     """The features of some real and generated images, for notebook 09's t-SNE: features.npz in the data's folder, of
-    seed 0 and guidance 4."""
+    the first seed and guidance 4."""
     test, out, at = held_out(data, args.data_dir, 10_000), {}, GUIDANCES[-1]
     source = {"real": (test.images, test.labels)}
     for variant in ("dit", "sana", "rung6"):
-        path = sample_file(args, run_folder(args, data, variant, args.steps, 0), at)
+        path = sample_file(args, run_folder(args, data, variant, args.steps, args.first_seed), at)
         if not path.exists():
             return
         source[variant] = measures.load_npz(path)
@@ -346,6 +379,7 @@ def main():
     add("--model", default=train.SMALL_MODEL, help="the full method, of which the variants are made; default: %(default)s")
     add("--variants", nargs="+", help="NAME, or NAME:FIELD=VALUE,... with something changed; default: all ten")
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
+    add("--first-seed", type=train.number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
     add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
     add("--samples", type=train.positive, default=500, help="per run and guidance scale; default: %(default)s")
     add("--sampling-steps", type=train.positive, default=20, help="DDIM steps; default: %(default)s")
@@ -360,7 +394,7 @@ def main():
 
 def climb(args):
     """Makes the runs that OUT's tables lack."""
-    out, todo = pathlib.Path(args.out), []
+    out, todo, made_by = pathlib.Path(args.out), [], commit()
     tables = {name: read(out / f"{name}.csv") for name in ("runs", "blocks", "routers", "real")}
     done = {tuple(line[k] for k in KEY) for line in tables["runs"]}
 
@@ -369,10 +403,10 @@ def climb(args):
         if tables[name]:
             train.save_log(out / f"{name}.csv", tables[name])
 
-    for seed in range(args.seeds):                          # the first seed of everything comes first
+    for seed in range(args.first_seed, args.first_seed + args.seeds):       # the first seed of everything comes first
         for data in args.data:
             known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
-            for variant in args.variants or known:
+            for variant in args.variants or [name for name in known if name != "lambda0"]:
                 extra = flags(variant, known)
                 steps = extra[extra.index("--steps") + 1] if "--steps" in extra else args.steps
                 key = dict(data=data, model=args.model, variant=variant, seed=seed, steps=steps, samples=args.samples,
@@ -389,7 +423,7 @@ def climb(args):
     signal.signal(signal.SIGTERM, stop)
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal,
                                                   (signal.SIGTERM, leave))
-    futures, failed = {pool.submit(one_run, args, key, extra, networks[key["data"]]): key for key, extra in todo}, 0
+    futures, failed = {pool.submit(one_run, args, key, extra, networks[key["data"]], made_by): key for key, extra in todo}, 0
     try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
             try:

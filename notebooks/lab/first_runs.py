@@ -1,0 +1,274 @@
+"""The first 102 runs of results/*.csv: reading them, comparing variants, and the pictures of notebooks 10 and A."""
+import csv
+import pathlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import dydilit
+from lab.figures import BLUE, COLOURS, GREY, ORANGE, curves
+from lab.verdict import TwoWay, holm, percent, quantile
+
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
+SETS = {"cifar10": "Fashion", "shapes": "shapes"}
+NAMES = {"rung1": "Sana", "rung2": "+ focused kernel", "rung3": "+ dynamic kernel", "rung4": "+ projection",
+         "rung5": "+ differential", "rung6": "+ convolution", "map": "map-wise", "increasing": "lambda 0.2 to 0.8",
+         "sana": "Sana, equal cost", "dit": "DiT, equal cost"}
+MEASURES = {"loss": "held_out", "FID": "cfg4_FID", "KID": "cfg4_KID"}
+
+# Claims: (words, variant that should have less, variant that should have more, the paper's two FIDs).
+STEPS = [("focused kernel beats ReLU", "rung2", "rung1", 28.20, 28.00),
+         ("dynamic kernel beats focused kernel", "rung3", "rung2", 27.87, 28.20),
+         ("projection beats plain Q, K", "rung4", "rung3", 27.46, 27.87),
+         ("differential beats projection", "rung5", "rung4", 26.20, 27.46),
+         ("convolution beats its absence", "rung6", "rung5", 24.48, 26.20),
+         ("all parts beat Sana", "rung6", "rung1", 24.48, 28.00)]
+OTHERS = [("token-wise beats map-wise", "rung5", "map", 26.20, 26.62),
+          ("lambda from 0.01 beats 0.2 to 0.8", "rung5", "increasing", 26.20, 29.30),
+          ("DyDi-LiT beats Sana of equal cost", "rung6", "sana", 24.48, 28.00),
+          ("DyDi-LiT beats DiT of equal cost", "rung6", "dit", 24.48, 35.29)]
+ALIKE = ":init=full"                        # what a variant shares with the full model starts as there
+SAME_START = [(words, a + (ALIKE if a != "rung6" else ""), b + ALIKE, *fids) for words, a, b, *fids in STEPS]
+NORMALIZER = [("Eq. 8 as printed beats mass, rung 5", f"rung5{ALIKE},normalizer=none", "rung5" + ALIKE),
+              ("Eq. 8 as printed beats mass, full model", "rung6:normalizer=none", "rung6")]
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read(name):
+    """The lines of results/NAME.csv, numbers as numbers."""
+    with open(RESULTS / f"{name}.csv", newline="") as file:
+        return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def runs():
+    """runs.csv, with held_out: the loss weighted as these runs were trained, min(1, 0.5 / SNR) in each band."""
+    diffusion = dydilit.GaussianDiffusion()
+    snr = (diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus).square().cpu().numpy()
+    weights = np.minimum(1, 0.5 / snr).reshape(10, 100).mean(1)
+    rows = read("runs")
+    for row in rows:
+        row["held_out"] = sum(w * row[f"band{b}"] for b, w in enumerate(weights)) / weights.sum()
+        row["high_noise"] = sum(row[f"band{b}"] for b in range(4, 10)) / 6
+    return rows
+
+
+def values(rows, data, column):
+    """{(variant, seed): logarithm of a column}."""
+    return {(r["variant"], r["seed"]): float(np.log(r[column])) for r in rows if r["data"] == data}
+
+
+def by_seed(rows, data, variant, column):
+    """A column of one variant, an array in the order of the seeds."""
+    return np.array([r[column] for r in sorted(rows, key=lambda r: r["seed"]) if (r["data"], r["variant"]) == (data, variant)])
+
+
+def fits(rows, data, column):
+    """The two pooled fits of a column: of the ten variants with initial values of their own, and of those that start alike."""
+    logs = values(rows, data, column)
+    alike = {variant for claim in SAME_START + NORMALIZER for variant in claim[1:3]}
+    return [TwoWay({at: y for at, y in logs.items() if at[0] in pool}) for pool in (NAMES, alike)]
+
+
+def compare(rows, claims, measures=MEASURES, data=SETS):
+    """Each claim by each measure on each set: {(words, data, measure): (estimate, half, p)}, of logarithms.
+
+    A claim whose runs are not there is left out.
+    """
+    found = {}
+    for d in data:
+        for measure, column in measures.items():
+            pooled = fits(rows, d, column)
+            for words, a, b, *_ in claims:
+                for fit in pooled:
+                    if a in fit.column and b in fit.column:
+                        found[words, d, measure] = fit.difference(a, b)
+    return found
+
+
+def signed(x):
+    """A percentage with two or so digits."""
+    return f"{x:+.1f}" if abs(x) < 9.95 else f"{x:+.0f}"
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+def claims_picture(rows, claims):
+    """Claims in rows, measures in columns: green holds, orange the opposite, grey cannot tell.
+
+    A frame: it survives Holm's correction over the whole picture.
+    """
+    found = compare(rows, claims)
+    survives = dict(zip(found, [p < 0.05 for p in holm([p for *_, p in found.values()])]))
+    columns = [(measure, data) for measure in MEASURES for data in SETS]
+    fig, ax = plt.subplots(figsize=(10.6, 0.56 * len(claims) + 1.1))
+    colours = {"holds": "#a6dcc5", "cannot tell": "#e6e6e6", "the opposite": "#f6b48a"}
+    for i, (words, _, _, *fids) in enumerate(claims):
+        for j, (measure, data) in enumerate(columns):
+            at = words, data, measure
+            if at not in found:
+                ax.text(j, i, "not run", ha="center", va="center", fontsize=9, color=GREY)
+                continue
+            estimate, half, _ = found[at]
+            says = "cannot tell" if abs(estimate) <= half else "holds" if estimate < 0 else "the opposite"
+            ax.add_patch(plt.Rectangle((j - 0.47, i - 0.44), 0.94, 0.88, facecolor=colours[says],
+                                       edgecolor="black" if survives[at] else "none", linewidth=1.8))
+            low, middle, high = (signed(percent(estimate + side * half)) for side in (-1, 0, 1))
+            ax.text(j, i - 0.16, f"{middle} %", ha="center", va="center", fontsize=11)
+            ax.text(j, i + 0.22, f"{low} to {high}", ha="center", va="center", fontsize=9)
+        if fids:
+            paper = signed(100 * (fids[0] / fids[1] - 1))
+            ax.text(len(columns), i, f"{paper} %", ha="center", va="center", fontsize=11, color=GREY)
+    ax.set(xlim=(-0.5, len(columns) + 0.5), ylim=(len(claims) - 0.5, -0.5))
+    ax.set_yticks(range(len(claims)), [words for words, *_ in claims], fontsize=11)
+    ax.set_xticks(range(len(columns) + 1), [f"{m}\n{SETS[d]}" for m, d in columns] + ["paper's\nFID"], fontsize=11)
+    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in colours.values()]
+    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black"))
+    fig.legend(handles, [*colours, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=11, frameon=False)
+    plt.show()
+
+
+def rungs_picture(rows, column="held_out", scale=1000, ylabel="held-out loss x 1000"):
+    """A curve per seed over the six rungs: own initial values on the left, those of the full model on the right."""
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True, sharey="row")
+    for line, data in zip(axes, SETS):
+        for ax, suffix, title in zip(line, ("", ALIKE), ("own initial values", "the full model's")):
+            curves = np.array([by_seed(rows, data, f"rung{i}" + (suffix if i < 6 else ""), column) for i in range(1, 7)])
+            for seed, marker in enumerate("osD"):
+                ax.plot(scale * curves[:, seed], marker=marker, label=f"seed {seed}")
+            ax.set_title(f"{SETS[data]}, {title}", fontsize=13)
+            ax.set_xticks(range(6), [NAMES[f"rung{i}"].removeprefix("+ ") for i in range(1, 7)], rotation=40, ha="right", fontsize=11)
+        line[0].set_ylabel(ylabel, fontsize=12)
+    axes[0, 0].legend(fontsize=11)
+    plt.show()
+
+
+def bands_picture(rows):
+    """DyDi-LiT's held-out loss against two Sanas, by the band of timesteps, percent with 95 % intervals."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for ax, base, title in zip(axes, ("rung1", "sana"), ("Sana of equal width", "Sana of equal cost")):
+        for data, colour, marker, shift in zip(SETS, (ORANGE, BLUE), "os", (-9, 9)):
+            logs = np.array([fits(rows, data, f"band{band}")[0].difference("rung6", base)[:2] for band in range(10)])
+            low, middle, high = (100 * np.expm1(logs[:, 0] + side * logs[:, 1]) for side in (-1, 0, 1))
+            ax.errorbar(np.arange(50, 1000, 100) + shift, middle, [middle - low, high - middle], marker=marker, color=colour,
+                        linestyle="-", capsize=3, label=SETS[data])
+        ax.axhline(0, color="black", linestyle="-", linewidth=1)
+        ax.set_title(f"against {title}", fontsize=13)
+        ax.set_xlabel("timestep")
+        ax.set_xticks(range(0, 1001, 200))
+    axes[0].set_ylabel("held-out loss, change in %")
+    axes[1].legend()
+    plt.show()
+
+
+def per_block(blocks, data, variant, column):
+    """A column of blocks.csv, (blocks, seeds)."""
+    mine = [b for b in blocks if (b["data"], b["variant"]) == (data, variant)]
+    depth = sorted({b["block"] for b in mine})
+    return np.array([[b[column] for b in mine if b["block"] == d] for d in depth])
+
+
+def smoothing_picture(blocks, variants):
+    """Row variance and the tokens' cosine after attention, a mark per run: the mean over its blocks, on Fashion."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(variants) + 1.2), sharey=True)
+    for ax, column, label in zip(axes, ("row_variance", "similarity_out"), ("row variance, times N²", "cosine of two tokens after attention")):
+        for i, variant in enumerate(variants.values()):
+            found = per_block(blocks, "cifar10", variant, column).mean(0)
+            ax.plot(found, [i] * len(found), "o", color=BLUE if i else ORANGE, linestyle="none")
+        ax.set_xlabel(label)
+    axes[0].set_yticks(range(len(variants)), list(variants), fontsize=12)
+    axes[0].set_xticks([0.5, 1, 1.5, 2])
+    axes[1].set_xticks([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    axes[0].set_ylim(len(variants) - 0.5, -0.5)
+    plt.show()
+
+
+def chosen(routers, data, variant, kind):
+    """The mean over tokens of the factor that a kind's routers pick, (blocks, seeds)."""
+    mine = [x for x in routers if (x["data"], x["variant"]) == (data, variant) and x["router"].startswith(kind)]
+    depth, seeds = sorted({x["block"] for x in mine}), sorted({x["seed"] for x in mine})
+    return np.array([[np.mean([x["value"] for x in mine if (x["block"], x["seed"]) == (d, s)]) for s in seeds] for d in depth])
+
+
+def banks_picture(routers):
+    """Lambda and gamma that a token gets, by block, the mean and the range of three seeds. Fashion left, shapes right."""
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, sharey="row")
+    for line, (kind, symbol), variants in zip(axes, [("differential", "lambda"), ("kernel", "gamma")],
+                                              [("rung5", "map", "rung6"), ("rung3", "rung5", "rung6")]):
+        for ax, data in zip(line, SETS):
+            for k, variant in enumerate(variants):
+                found = chosen(routers, data, variant, kind)
+                mean = found.mean(1)
+                ax.errorbar(np.arange(1, len(found) + 1) + 0.05 * (k - 1), mean, [mean - found.min(1), found.max(1) - mean],
+                            marker="osD"[k], color=COLOURS[k], capsize=3, label=NAMES[variant].removeprefix("+ "))
+            ax.set_xticks(range(1, 5))
+        line[0].set_ylabel(symbol)
+        line[1].legend(fontsize=10)
+    for ax, data in zip(axes[0], SETS):
+        ax.set_title(SETS[data], fontsize=13)
+    for ax in axes[1]:
+        ax.set_xlabel("block")
+    plt.show()
+
+
+# ---- Printed lines --------------------------------------------------------------------------------------------------
+
+def smallest_picture(rows, variants=8, most=20):
+    """The smallest change that n seeds can show, in percent: half of the interval of a contrast of `variants` variants.
+
+    From the pooled standard deviations of the first runs on Fashion, initial values their own.
+    """
+    n = range(2, most + 1)
+    sds = {f"{name}, sd {100 * fit.sd:.1f} %": fit.sd for name, column in MEASURES.items() for fit in fits(rows, "cifar10", column)[:1]}
+    curves(n, {name: [percent(quantile((variants - 1) * (m - 1)) * sd * (2 / m) ** 0.5) for m in n] for name, sd in sds.items()},
+           "seeds", "smallest visible change, %", yscale="log", xticks=[2, 3, 5, 10, 15, 20], yticks=[0.5, 1, 2, 5, 10, 20, 50])
+    plt.axvline(3, color=GREY, linestyle=":", linewidth=1.5)
+    plt.axvline(10, color=GREY, linestyle=":", linewidth=1.5)
+    plt.show()
+
+
+def print_levels(rows, data):
+    """Means over three seeds of the ten variants at guidance 4, a line per variant."""
+    print(f"{SETS[data]:20}{'FID':>8}{'KID':>8}{'recognized':>12}{'loss x 1000':>13}")
+    for variant, name in NAMES.items():
+        fid, kid, share, loss = (by_seed(rows, data, variant, c).mean() for c in ("cfg4_FID", "cfg4_KID", "cfg4_recognized", "held_out"))
+        print(f"{name:20}{fid:8.1f}{kid:8.2f}{share:12.0%}{1000 * loss:13.2f}")
+
+
+def print_compared(rows, claims, data=("cifar10",), measures=MEASURES):
+    """A line per claim, set and measure: change in percent with its interval."""
+    for (words, d, measure), (estimate, half, _) in compare(rows, claims, measures, data).items():
+        low, middle, high = (signed(percent(estimate + side * half)) for side in (-1, 0, 1))
+        print(f"{words:42}{SETS[d]:9}{measure:6}{middle:>6} %, from {low} to {high}")
+
+
+def print_routers(routers):
+    """What the routers of the full model do with three seeds: collapse, dependence on the class, favourites."""
+    for data in SETS:
+        for kind in ("projection", "kernel", "differential"):
+            mine = [x for x in routers if (x["variant"], x["data"]) == ("rung6", data) and x["router"].startswith(kind)]
+            beyond = sum(x["shuffles_as_high"] == 0 for x in mine)
+            bits = np.median([x["class_bits"] - x["class_bits_shuffled"] for x in mine])
+            print(f"{SETS[data]:8}{kind:13}{len(mine)} routers, {sum(x['perplexity'] < 1.05 for x in mine)} collapsed, {beyond:2} beyond all "
+                  f"shuffles, median {bits:.3f} bits")
+            print(f"{'':21}favourites of ten classes {np.mean([x['favourites'] for x in mine]):.2f}, of shuffled classes "
+                  f"{np.mean([x['favourites_shuffled'] for x in mine]):.2f}")
+
+
+def print_near_classes(rows, guidance=4):
+    """Percent recognized on Fashion in three groups of classes, DyDi-LiT's less the others', in points by seed."""
+    groups = {"near (tops, dresses)": [0, 2, 3, 4, 6], "shoes": [5, 7, 9], "trousers and bags": [1, 8]}
+    for group, classes in groups.items():
+        share = {v: np.array([np.mean([100 * float(text.split()[c]) for c in classes]) for text in
+                              by_seed(rows, "cifar10", v, f"cfg{guidance}_recognized_by_class")]) for v in ("rung6", "sana", "dit")}
+        print(f"{group:22}" + ", ".join(f"less {NAMES[v]}: " + " ".join(f"{x:+.0f}" for x in share["rung6"] - share[v]) for v in ("sana", "dit")))

@@ -1,0 +1,156 @@
+"""The analysis of notebook 10's experiment, as it was fixed before the runs were made.
+
+    python notebooks/lab/verdict.py notebooks/results/verdict.csv
+
+The file is the runs.csv of the command in notebook 10. Prints the table of contrasts and what the rule says.
+"""
+import csv
+import functools
+import math
+import sys
+
+import numpy as np
+
+# The eight variants, as ladder.py names them.
+LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5 with lambda held at 0
+RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
+RUNG6 = {n: f"rung6:normalizer={n}" for n in ("none", "mass")}          # DyDi-LiT: and with the convolution
+VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
+
+# Logarithms of what is measured, so that a difference is a ratio. held_out_log is a mean logarithm already.
+MEASURES = {"KID": lambda row: math.log(float(row["cfg2_KID"])),
+            "held-out loss": lambda row: float(row["held_out_log"])}
+
+
+def contrasts(best):
+    """The eight contrasts fixed beforehand: {what it asks: (variant, variant that it is compared with)}."""
+    return {
+        "1  printed Eq. 8 against mass, full model": (RUNG6["none"], RUNG6["mass"]),
+        "2a differential on against off, printed": (RUNG5["none"], LAMBDA0["none"]),
+        "2b differential on against off, mass": (RUNG5["mass"], LAMBDA0["mass"]),
+        "3  division on against off, lambda = 0": (LAMBDA0["mass"], LAMBDA0["none"]),
+        "4a convolution on against off, printed": (RUNG6["none"], RUNG5["none"]),
+        "4b convolution on against off, mass": (RUNG6["mass"], RUNG5["mass"]),
+        "5  DyDi-LiT against Sana, equal cost": (best, "sana"),
+        "6  DyDi-LiT against DiT, equal cost": (best, "dit"),
+    }
+
+
+# ---- Student's t ----------------------------------------------------------------------------------------------------
+
+def tail(t, df):
+    """The chance that |T| exceeds |t|. With T = sqrt(df) tan(angle), the angle has a density like cos^(df - 1)."""
+    def area(low, points=4_001):
+        angle = np.linspace(low, math.pi / 2, points)
+        return np.trapezoid(np.cos(angle).clip(0) ** (df - 1), angle)
+
+    return float(area(math.atan(abs(t) / math.sqrt(df))) / area(0))
+
+
+@functools.cache
+def quantile(df, level=0.95):
+    """The t that |T| exceeds with a chance of 1 - level, by bisection."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, df) > 1 - level else (low, middle)
+    return high
+
+
+# ---- Two ways, one variance -----------------------------------------------------------------------------------------
+
+class TwoWay:
+    """Least squares of value = the variant's mean + the seed's share + a remainder.
+
+    All remainders count towards one variance, the pooled one. values: {(variant, seed): number}; a variant may lack
+    seeds. .sd is the remainders' standard deviation, .df its degrees of freedom: with V variants and S seeds,
+    all there, (V - 1)(S - 1).
+    """
+
+    def __init__(self, values):
+        variants, seeds = (sorted(set(names)) for names in zip(*values))
+        self.column = {variant: i for i, variant in enumerate(variants)}
+        design = np.zeros((len(values), len(variants) + len(seeds)))
+        for line, (variant, seed) in zip(design, values):
+            line[self.column[variant]] = line[len(variants) + seeds.index(seed)] = 1
+        y = np.array(list(values.values()))
+        self.inverse = np.linalg.pinv(design.T @ design)
+        self.effects = self.inverse @ design.T @ y
+        self.df = len(y) - int(np.linalg.matrix_rank(design))
+        remainders = y - design @ self.effects
+        self.sd = math.sqrt(remainders @ remainders / self.df)
+
+    def difference(self, variant, base):
+        """variant - base: estimate, half of the 95 % interval, and the p of no difference."""
+        c = np.zeros(len(self.effects))
+        c[self.column[variant]] += 1
+        c[self.column[base]] -= 1
+        error = self.sd * math.sqrt(c @ self.inverse @ c)
+        estimate = float(c @ self.effects)
+        return estimate, quantile(self.df) * error, tail(estimate / error, self.df)
+
+
+def holm(p):
+    """Holm's adjustment: the smallest p times their number, the next times one less, and never below the one before."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+# ---- The verdict ----------------------------------------------------------------------------------------------------
+
+def judge(rows):
+    """The table of contrasts of runs.csv's rows: a dictionary per contrast and measure. Less is better in both."""
+    rows = [row for row in rows if row["variant"] in VARIANTS]
+    fits = {name: TwoWay({(row["variant"], int(row["seed"])): value(row) for row in rows})
+            for name, value in MEASURES.items()}
+    best = min(RUNG6.values(), key=lambda variant: fits["KID"].effects[fits["KID"].column[variant]])
+    table = []
+    for asks, (variant, base) in contrasts(best).items():
+        for name, fit in fits.items():
+            estimate, half, p = fit.difference(variant, base)
+            table.append(dict(asks=asks, measure=name, variant=variant, base=base, estimate=estimate, half=half, p=p))
+    for line, p in zip(table, holm([line["p"] for line in table])):
+        line["holm"] = p
+    return table
+
+
+def printed_is_worse(table):
+    """Whether contrast 1 says, after Holm, that Eq. 8 as printed is worse than `mass` on either measure."""
+    return any(line["holm"] < 0.05 and line["estimate"] > 0 for line in table if line["asks"].startswith("1 "))
+
+
+def percent(log_ratio):
+    return 100 * math.expm1(log_ratio)
+
+
+def show(rows):
+    """Prints which runs there are, the contrasts in percent, and what the rule says of the default."""
+    seeds = {variant: sorted(int(row["seed"]) for row in rows if row["variant"] == variant) for variant in VARIANTS}
+    print(f"{sum(map(len, seeds.values()))} of 80 runs, commit " + ", ".join(sorted({row["commit"] for row in rows})))
+    missing = [variant for variant, found in seeds.items() if len(found) < 10]
+    if missing:
+        print("The table would be premature, runs are missing: " + ", ".join(missing))
+        return
+    table = judge(rows)
+    print(f"{'contrast':43}{'measure':15}{'change':>8}{'95 % interval':>20}{'Holm p':>9}")
+    for line in table:
+        low, high = (percent(line["estimate"] + side * line["half"]) for side in (-1, 1))
+        interval = f"{low:+.1f} to {high:+.1f} %"
+        print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %{interval:>20}{line['holm']:9.3f}")
+    worse = printed_is_worse(table)
+    print(f"\nThe printed Eq. 8 is {'worse than' if worse else 'not shown to be worse than'} mass. "
+          + ("mass stays the default." if worse else "It becomes the default if it was stable, too."))
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    show(read(sys.argv[1]))

@@ -1,0 +1,96 @@
+"""The analysis of notebook 10's experiment against closed forms and numbers made by hand."""
+import math
+
+import pytest
+
+from lab import ladder, verdict
+
+
+@pytest.mark.parametrize("t", [0.3, 1.0, 4.303, 40.0])
+def test_tails_of_student_s_t_in_closed_form(t):
+    assert verdict.tail(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-5)
+    assert verdict.tail(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-5)
+    assert verdict.tail(-t, 2) == verdict.tail(t, 2)
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (18, 2.1009), (63, 1.9983)])
+def test_quantiles_are_those_of_the_tables(df, t):
+    assert verdict.quantile(df) == pytest.approx(t, abs=1e-4)
+
+
+def test_two_ways_by_hand():
+    # Means 2, 4, 9; seeds' shares -1, 0, 1; remainders whose rows and columns add up to zero. Their squares sum to 10.
+    remainders = [[1, -1, 0], [-2, 1, 1], [1, 0, -1]]
+    fit = verdict.TwoWay({(name, seed): mean + seed - 1 + remainders[i][seed]
+                          for i, (name, mean) in enumerate(zip("abc", (2, 4, 9))) for seed in range(3)})
+    assert fit.df == 4 and fit.sd == pytest.approx(math.sqrt(10 / 4))
+    estimate, half, p = fit.difference("b", "a")
+    error = math.sqrt(10 / 4) * math.sqrt(2 / 3)
+    assert estimate == pytest.approx(2)
+    assert half == pytest.approx(2.7764 * error, rel=1e-4)
+    assert p == pytest.approx(verdict.tail(2 / error, 4))
+
+
+def test_two_variants_are_the_paired_t_test():
+    pairs = [(1.0, 2.0), (3.0, 3.5), (2.0, 4.5)]            # differences 1, 0.5, 2.5: mean 4/3, variance 13/12
+    fit = verdict.TwoWay({(name, seed): pair[i] for seed, pair in enumerate(pairs) for i, name in enumerate("ab")})
+    estimate, half, _ = fit.difference("b", "a")
+    assert fit.df == 2 and estimate == pytest.approx(4 / 3)
+    assert half == pytest.approx(4.3027 * math.sqrt(13 / 12 / 3), rel=1e-4)
+
+
+def test_a_missing_run_is_no_zero():
+    values = {(name, seed): mean + 10 * seed for name, mean in zip("abc", (1, 2, 4)) for seed in range(3)}
+    values = {at: value + (0.1 if at == ("a", 0) else 0) for at, value in values.items() if at != ("c", 2)}
+    fit = verdict.TwoWay(values)
+    assert fit.df == 3 and fit.difference("c", "b")[0] == pytest.approx(2, abs=0.1)
+
+
+def test_holm_by_hand():
+    # In order .01 x 4, .02 x 3, .03 x 2, .04 x 1; each at least the one before.
+    assert verdict.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert verdict.holm([0.6, 0.7]) == [1, 1]
+
+
+def made_up(printed=0.0, wobble=0.01):
+    """Eighty runs: only DiT differs, by a third, and Eq. 8 as printed with the convolution, by `printed`."""
+    rows = []
+    for i, variant in enumerate(verdict.VARIANTS):
+        for seed in range(100, 110):
+            log = 0.03 * (seed - 104) + wobble * math.sin(7 * i + 3 * seed) + math.log(1.5) * (variant == "dit")
+            log += printed * (variant == verdict.RUNG6["none"])
+            rows.append(dict(variant=variant, seed=str(seed), commit="abc", cfg2_KID=str(math.exp(log)), held_out_log=str(log)))
+    return rows
+
+
+def test_the_verdict_finds_what_was_put_in_and_nothing_else():
+    table = verdict.judge(made_up())
+    assert len(table) == 16
+    for line in table:
+        if line["base"] == "dit":
+            assert verdict.percent(line["estimate"]) == pytest.approx(-33.3, abs=1) and line["holm"] < 1e-6
+        else:
+            assert abs(line["estimate"]) < 0.02 and line["holm"] > 0.05
+    assert not verdict.printed_is_worse(table)
+
+
+def test_the_rule_follows_contrast_1_and_its_sign():
+    worse, better = verdict.judge(made_up(printed=0.1)), verdict.judge(made_up(printed=-0.1))
+    assert verdict.printed_is_worse(worse) and not verdict.printed_is_worse(better)
+    chosen = [{line["variant"] for line in table if line["base"] in ("sana", "dit")} for table in (worse, better)]
+    assert chosen == [{verdict.RUNG6["mass"]}, {verdict.RUNG6["none"]}]
+
+
+def test_a_table_of_unfinished_runs_is_not_shown(capsys):
+    verdict.show(made_up()[:-1])
+    shown = capsys.readouterr().out
+    assert "79 of 80" in shown and "missing: dit" in shown and "Holm" not in shown
+    verdict.show(made_up())
+    shown = capsys.readouterr().out
+    assert shown.count("KID") == 8 and max(map(len, shown.splitlines())) < 100
+
+
+def test_the_variants_are_those_of_the_ladder():
+    known = ladder.variants("DyDi-LiT-XS/4", dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
+    for variant in verdict.VARIANTS:
+        ladder.flags(variant, known)
