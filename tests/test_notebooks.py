@@ -155,6 +155,7 @@ def test_each_kind_of_linear_attention_is_sharper_than_the_one_before():
     assert list(face) == sorted(face) and list(sky) == sorted(sky, reverse=True) and list(entropy) == sorted(entropy, reverse=True)
 
 
+@pytest.mark.slow
 def test_each_part_of_the_module_denoises_the_example_better():
     errors = [example.denoising_error(name) for name in example.NAMES[1:]]
     assert errors == sorted(errors, reverse=True)

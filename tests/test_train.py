@@ -352,6 +352,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, kills):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path):
     args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
     process = command(*args, "--steps", 100_000, "--save-every", 5)
@@ -364,7 +365,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert "resuming at step" in finish(*args, "--steps", load(tmp_path / "run")["step"] + 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_exits(tmp_path, number):
     args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run"]
     process = command(*args, "--steps", 100_000, "--save-every", 100_000, "--log-every", 10)
