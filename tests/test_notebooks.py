@@ -15,7 +15,7 @@ ROOT = HERE.parent
 
 WRONG = """
 sound = {name}
-{name} = (lambda *args: sound(*args) * 1.5 + 1) if callable(sound) else torch.as_tensor(sound) * 1.5 + 1
+{name} = (lambda *args: torch.as_tensor(sound(*args)) * 1.5 + 1) if callable(sound) else torch.as_tensor(sound) * 1.5 + 1
 """
 
 
