@@ -55,6 +55,8 @@ def explained(function, *arguments):
     except Exception as error:
         if (line := explain(error)) is None:
             raise
+        for bar in list(getattr(tqdm, "_instances", [])):   # so that the message comes last
+            bar.close()
         sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {line}")
 
 
@@ -95,6 +97,10 @@ def replacing(path, mode="wb", **options):
     except OSError as error:
         error.filename = error.filename or str(path)        # for the message
         raise
+    except RuntimeError as error:                           # what torch.save makes of a full disk
+        reason = str(error).partition("\n")[0]
+        raise Problem(f"{path}: cannot be written ({reason:.60}); free some space, and the same "
+                      "command goes on from what was there before") from None
     finally:
         part.unlink(missing_ok=True)
 
