@@ -282,24 +282,24 @@ class Training:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.earlier, self.started = float(self.log[-1]["seconds"]) if self.log else 0, time.time()
-        self.bar = tqdm(desc="training", total=args.steps, initial=min(self.step, args.steps),
-                        unit="step", disable=not main)
-        while self.step < args.steps:
-            picture = self.folder / f"samples-{self.step:07d}.png"
-            if main and self.step and self.step % args.sample_every == 0 and not picture.exists():
-                self.grid(picture)
-            self.train_step()
-            self.step += 1
-            self.bar.update()
-            at_log = self.step % args.log_every == 0 or self.step == args.steps
-            if at_log:
-                self.report()
-            stop = self.all_agree_to_stop(at_log)
-            if stop or self.step % args.save_every == 0 or self.step == args.steps:
-                self.save()
-            if stop:
-                break
-        self.bar.close()
+        with tqdm(desc="training", total=args.steps, initial=min(self.step, args.steps),
+                  unit="step", disable=not main) as self.bar:
+            while self.step < args.steps:
+                picture = self.folder / f"samples-{self.step:07d}.png"
+                due = self.step and self.step % args.sample_every == 0
+                if main and due and not picture.exists():
+                    self.grid(picture)
+                self.train_step()
+                self.step += 1
+                self.bar.update()
+                at_log = self.step % args.log_every == 0 or self.step == args.steps
+                if at_log:
+                    self.report()
+                stop = self.all_agree_to_stop(at_log)
+                if stop or self.step % args.save_every == 0 or self.step == args.steps:
+                    self.save()
+                if stop:
+                    break
         return self.step >= args.steps
 
     def train_step(self):

@@ -55,8 +55,6 @@ def explained(function, *arguments):
     except Exception as error:
         if (line := explain(error)) is None:
             raise
-        for bar in list(getattr(tqdm, "_instances", [])):   # so that the message comes last
-            bar.close()
         sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {line}")
 
 
