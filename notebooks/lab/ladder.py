@@ -250,8 +250,13 @@ def run_folder(args, data, variant, steps, seed):
     return data_folder(args, data) / f"{variant.replace(':', '-')}-{steps}-{seed}"
 
 
+def sample_count(args, guidance):
+    """--samples at the recipe's guidance, a quarter of them at the others, which are looked at for exploration only."""
+    return args.samples if guidance == RECIPE else -(-args.samples // 4)
+
+
 def sample_file(args, run, guidance):
-    return run / f"samples-cfg{guidance}-{args.samples}-{args.sampling_steps}.npz"
+    return run / f"samples-cfg{guidance}-{sample_count(args, guidance)}-{args.sampling_steps}.npz"
 
 
 def one_run(args, key, train_flags, known_network, made_by):
@@ -261,7 +266,7 @@ def one_run(args, key, train_flags, known_network, made_by):
     log = run.with_name(run.name + ".log")
     script = trainer(key["variant"])
     call(log, script, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
-         key["seed"], "--steps", key["steps"], "--sampling-steps", 20, *train_flags)
+         key["seed"], "--steps", key["steps"], "--sampling-steps", 20, "--sample-every", key["steps"], *train_flags)
     device = train.pick_device()
     model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt"), device)
     data = held_out(key["data"], args.data_dir)
@@ -279,7 +284,7 @@ def one_run(args, key, train_flags, known_network, made_by):
     for guidance in GUIDANCES:
         out = sample_file(args, run, guidance)
         if not out.exists():
-            call(log, script, "sample", "--run", run, "--num", args.samples, "--steps", args.sampling_steps, "--cfg", guidance,
+            call(log, script, "sample", "--run", run, "--num", sample_count(args, guidance), "--steps", args.sampling_steps, "--cfg", guidance,
                  "--sampler", "ddim", "--seed", key["seed"], "--out", out)
         images, labels = measures.load_npz(out)
         generated = measures.extract(images, network)
@@ -335,8 +340,8 @@ def yardstick(args, data, known_network):
 
 def keep_features(args, data, known_network, per_class=30):
     """The features of some real and generated images, for notebook 09's t-SNE: features.npz in the data's folder, of
-    the first seed and guidance 4."""
-    test, out, at = held_out(data, args.data_dir, 10_000), {}, GUIDANCES[-1]
+    the first seed and the recipe's guidance."""
+    test, out, at = held_out(data, args.data_dir, 10_000), {}, RECIPE
     source = {"real": (test.images, test.labels)}
     for variant in ("dit", "sana", "rung6"):
         path = sample_file(args, run_folder(args, data, variant, args.steps, args.first_seed), at)
@@ -381,7 +386,7 @@ def main():
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
     add("--first-seed", type=train.number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
     add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
-    add("--samples", type=train.positive, default=500, help="per run and guidance scale; default: %(default)s")
+    add("--samples", type=train.positive, default=500, help="per run at guidance " + RECIPE + ", a quarter at the others; default: %(default)s")
     add("--sampling-steps", type=train.positive, default=20, help="DDIM steps; default: %(default)s")
     add("--network", help="TorchScript file of a feature network, see measures.py; default: a classifier of the data")
     add("--workers", type=train.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
