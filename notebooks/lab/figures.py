@@ -474,15 +474,16 @@ def show_arrows(fans):
     plt.show()
 
 
-def show_percentages(table, rows, columns, xlabel):
-    """A table of shares, blue for all and red for none. table: (R, C) in 0..1, nan where there is nothing to say."""
+def show_percentages(table, rows, columns, xlabel, title=None, cmap="RdYlBu", limits=(-0.4, 1.4)):
+    """A table of shares, coloured by cmap between the limits. table: (R, C) in 0..1, nan where there is nothing to say."""
     table = array(table)
     _, ax = plt.subplots(figsize=(0.95 * len(columns) + 3.6, 0.52 * len(rows) + 1.0))
-    ax.imshow(table, cmap="RdYlBu", vmin=-0.4, vmax=1.4, aspect="auto")
+    ax.imshow(table, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
     for (i, j), share in np.ndenumerate(table):
         ax.text(j, i, "–" if np.isnan(share) else f"{share:.0%}", ha="center", va="center", fontsize=14)
     clear(ax)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
     ax.set_xlabel(xlabel)
+    ax.set_title(title, fontsize=15)
     plt.show()

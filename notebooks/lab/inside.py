@@ -5,7 +5,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from lab.figures import BLUE, CHOICES, COLOURS, GREY, ORANGE, array, box, clear, show_picture
+from lab.figures import BLUE, CHOICES, GREEN, GREY, ORANGE, array, box, clear, show_picture
 
 WORDS = ["projector 1", "projector 2", "projector 3"]
 
@@ -26,13 +26,13 @@ def grid_of(names, columns=4, **size):
 
 def show_loads(loads, groups):
     """For each router the shares of the choices in every group, as bars. loads: {router: (groups, choices)}."""
-    fig, axes = grid_of(loads, figsize=(11.5, 7.6), sharex=True, sharey=True)
+    fig, axes = grid_of(loads, len(loads), figsize=(5.2 * len(loads), 4.8), sharex=True, sharey=True)
     for ax, shares in zip(axes.flat, loads.values()):
         left = np.zeros(len(groups))
         for choice, colour in zip(array(shares).T, CHOICES):
             ax.barh(groups, choice, left=left, color=colour, height=0.82)
             left += choice
-        ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
+        ax.set(xlim=(0, 1), xticks=[0, 0.2, 0.4, 0.6, 0.8])
         ax.grid(False)
         ax.tick_params(length=0)
     axes[0, 0].invert_yaxis()
@@ -60,11 +60,12 @@ def show_route_maps(pictures, routes):
     pictures: (P, 3, S, S) in [-1, 1]; routes: {router: (P, side^2) int}.
     """
     side = int(next(iter(routes.values())).shape[1] ** 0.5)
-    fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=(1.25 * len(pictures) + 1, 1.25 * len(routes) + 1.8))
+    fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=(1.7 * len(pictures) + 2.2, 1.7 * len(routes) + 2.2))
+    axes[0, 0].set_ylabel("picture", rotation=0, ha="right", va="center", fontsize=15)
     for ax, picture in zip(axes[0], pictures):
         show_picture(ax, picture, side)
     for row, (name, index) in zip(axes[1:], routes.items()):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=14)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=15)
         for ax, image in zip(row, index):
             ax.imshow(array(image).reshape(side, side), cmap=ListedColormap(CHOICES[:3]), vmin=-0.5, vmax=2.5, interpolation="nearest")
             clear(ax)
@@ -82,8 +83,8 @@ def show_chance(measured, shuffled):
         low, high = min(shuffled[name]), max(shuffled[name])
         ax.barh(i, high - low, left=low, height=0.55, color="#C8C8C8", label=f"{len(shuffled[name])} shuffles" if i == 0 else None)
         ax.plot(value, i, "o", color=ORANGE, markersize=11, label="the classes" if i == 0 else None)
-    ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlabel="share of the tokens that would have to change", xlim=(0, None))
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlabel="tokens that would have to change their projector", xlim=(0, None))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.invert_yaxis()
     fig.legend(loc="outside upper center", ncols=2, frameon=False)
     plt.show()
@@ -105,37 +106,36 @@ def show_stages(picture, rows, titles, query):
     fig.colorbar(image, ax=list(axes[1:-1]), shrink=0.8, pad=0.01)
     image = axes[-1].imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
     fig.colorbar(image, ax=axes[-1], shrink=0.8, pad=0.02)
-    for ax, title in zip(axes, ["picture, query", *titles, "change by the last"]):
+    for ax, title in zip(axes, ["picture, query", *titles, f"{titles[-1]} − {titles[-2]}"]):
         clear(ax)
         ax.set_title(title, fontsize=15)
         box(ax, divmod(query, side))
     plt.show()
 
 
-def show_histories(histories, xlabel, start):
-    """Every member of every block's bank over the training. histories: {name: (steps, blocks, members)}; start: {name: number}."""
+def show_histories(histories, xlabel):
+    """Every member of every block's bank over the training, in multiples of its start. histories: {name: (steps, blocks, members)}."""
     blocks = next(iter(histories.values())).shape[1]
     fig, axes = plt.subplots(len(histories), blocks, figsize=(11.5, 3 * len(histories)), sharex=True, sharey="row")
     for row, (name, values) in zip(axes, histories.items()):
         for b, ax in enumerate(row):
-            ax.axhline(start[name], color=GREY, linestyle="-", linewidth=1)
+            ax.axhline(1, color=GREY, linestyle="-", linewidth=1.5)
             ax.plot(range(1, len(values) + 1), values[:, b], color=BLUE, linestyle="-", linewidth=1.3)
         row[0].set_ylabel(name)
+        row[0].annotate("start", (1, 1), (-3, 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=GREY)
     for b, ax in enumerate(axes[0]):
         ax.set_title(f"block {b + 1}", fontsize=15)
     fig.supxlabel(xlabel, fontsize=14)
     plt.show()
 
 
-def show_spread(groups, ylabel, xlabels, level=None):
-    """Median and middle 80 % of many numbers in each of some places. groups: {name: list of tensors, one for each place}."""
+def show_spread(groups, ylabel, xlabels):
+    """Median and middle 80 % of many numbers in each of some places, for two groups. groups: {name: list of tensors, one for each place}."""
     _, ax = plt.subplots()
     for i, (name, places) in enumerate(groups.items()):
         low, middle, high = np.array([np.quantile(array(values), [0.1, 0.5, 0.9]) for values in places]).T
         x = np.arange(len(places)) + 0.16 * (i - (len(groups) - 1) / 2)
-        ax.errorbar(x, middle, [middle - low, high - middle], fmt="osD^v"[i], color=COLOURS[i], label=name, capsize=5, linewidth=2.2, markersize=9)
-    if level is not None:
-        ax.axhline(level, color=GREY, linestyle="-", linewidth=1)
+        ax.errorbar(x, middle, [middle - low, high - middle], fmt="osD^v"[i], color=(ORANGE, GREEN)[i], label=name, capsize=5, linewidth=2.2, markersize=9)
     ax.set(xticks=range(len(xlabels)), xticklabels=xlabels, ylabel=ylabel, ylim=(0, None))
     ax.legend()
     plt.show()
