@@ -60,7 +60,7 @@ def show_route_maps(pictures, routes):
     pictures: (P, 3, S, S) in [-1, 1]; routes: {router: (P, side^2) int}.
     """
     side = int(next(iter(routes.values())).shape[1] ** 0.5)
-    fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=(1.7 * len(pictures) + 2.2, 1.7 * len(routes) + 2.2))
+    fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=(1.6 * len(pictures) + 1.6, 1.7 * len(routes) + 2.2))
     axes[0, 0].set_ylabel("picture", rotation=0, ha="right", va="center", fontsize=15)
     for ax, picture in zip(axes[0], pictures):
         show_picture(ax, picture, side)
