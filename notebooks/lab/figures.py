@@ -98,7 +98,7 @@ def show_map(row, title, ex=None, top=TOP):
     show_example(left, ex)
     image = draw_map(right, row, ex, top)
     right.set_title(title)
-    bar = fig.colorbar(image, ax=right, shrink=0.9, extend="max", label="weight, times 1/N")
+    bar = fig.colorbar(image, ax=right, shrink=0.9, extend="max", label="weight × N")
     bar.ax.set_ylim(-top if row.min() < 0 else 0, top)
     plt.show()
 
@@ -130,7 +130,7 @@ def strip(maps, ex=None):
     negative = any(row.min() < 0 for row in rows.values())
     bar = fig.colorbar(image, ax=axes, shrink=0.8, aspect=12, pad=0.01, ticks=range(-TOP, TOP + 1, 5), extend="max")
     bar.ax.set_ylim(-TOP if negative else 0, TOP)
-    bar.set_label("weight, times 1/N", fontsize=13)
+    bar.set_label("weight × N", fontsize=13)
     plt.show()
 
 
@@ -393,15 +393,17 @@ def slider(function, **ranges):
 CHOICES = ["#8FBCE0", "#F2B48C", "#8FD1B9", "#E7C6DA", "#666666", "#F0E442", "#C9A66B"]     # light, so that text can lie on them
 
 
-def show_choices(choices, names, ex=None):
-    """The photograph, and beside it what each token chose from a bank; under each map the shares of the choices.
+def show_choices(choices, names, ex=None, photograph=True):
+    """What each token chose from a bank, beside the photograph if wanted; under each map the shares of the choices.
 
     choices: {title: (256,) int}; names: a word for each member of the bank.
     """
     ex = ex or spine.example()
-    fig, axes = plt.subplots(1, len(choices) + 1, figsize=(3.0 * len(choices) + 3.0, 4.1))
-    show_example(axes[0], ex)
-    for ax, (title, index) in zip(axes[1:], choices.items()):
+    n = len(choices) + photograph
+    fig, axes = plt.subplots(1, n, figsize=(3.0 * n, 4.1))
+    if photograph:
+        show_example(axes[0], ex)
+    for ax, (title, index) in zip(axes[photograph:], choices.items()):
         ax.imshow(array(index).reshape(spine.SIDE, spine.SIDE), cmap=ListedColormap(CHOICES[:len(names)]), vmin=-0.5,
                   vmax=len(names) - 0.5, interpolation="nearest")
         clear(ax)
