@@ -28,24 +28,29 @@ def stamp(cell):
     return hashlib.sha256(LIBRARY + cell.source.encode()).hexdigest()[:12]
 
 
-def smaller(png, kept=96):
-    """A picture with 256 colours, a third of its size; base64 in and out. Small ones stay as they are.
-
-    The most frequent colours are kept as they are, so that a line has the same one in every picture.
-    """
-    if len(png) < 20_000:
-        return png
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    colours, where, counts = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+def reduced(image, total, kept):
+    """A picture with `total` colours. The `kept` most frequent ones stay as they are, so that a line keeps its colour."""
+    colours, where, counts = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
     order = counts.argsort()[::-1]
-    rest = colours[np.repeat(order[kept:], counts[order[kept:]])]               # a colour for each remaining pixel
-    palette = colours[order[:kept]]
+    palette, rest = colours[order[:kept]], np.repeat(colours[order[kept:]], counts[order[kept:]], axis=0)
     if len(rest):
-        others = Image.fromarray(rest[None]).quantize(256 - kept, method=Image.Quantize.MEDIANCUT).getpalette()
+        others = Image.fromarray(rest[None]).quantize(total - kept, method=Image.Quantize.MEDIANCUT).getpalette()
         palette = np.concatenate([palette, np.array(others, np.uint8).reshape(-1, 3)])
-    nearest = ((colours[:, None].astype(float) - palette) ** 2).sum(-1).argmin(1).astype(np.uint8)
-    out, small = io.BytesIO(), Image.fromarray(nearest[where.ravel()].reshape(image.size[::-1]), "P")
-    small.putpalette(palette.tobytes())
+    nearest = np.concatenate([((part[:, None].astype(int) - palette) ** 2).sum(-1).argmin(1)
+                              for part in np.array_split(colours, len(colours) // 1000 + 1)])
+    out = Image.fromarray(nearest[where.ravel()].astype(np.uint8).reshape(image.shape[:2]), "P")
+    out.putpalette(palette.tobytes())
+    return out
+
+
+def smaller(png):
+    """A picture with 64 colours, or with 256 where fewer would show; base64 in and out."""
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+    for total, kept in [(64, 32), (256, 96)]:
+        small = reduced(image, total, kept)
+        if abs(np.asarray(small.convert("RGB")).astype(int) - image).mean() < 0.3:          # of 255
+            break
+    out = io.BytesIO()
     small.save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
