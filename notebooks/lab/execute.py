@@ -14,7 +14,7 @@ import time
 
 import nbformat
 from nbclient import NotebookClient
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(HERE.glob("[0-9A][0-9_]*.ipynb"))       # the lessons, and the appendix
@@ -28,12 +28,14 @@ def stamp(cell):
 
 
 def smaller(png):
-    """A picture with 256 colours, a third of its size; base64 in and out. Small ones stay as they are."""
-    if len(png) < 20_000:
-        return png
+    """A picture with 64 colours, or with 256 where fewer would show; base64 in and out."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    for colours in (64, 256):
+        reduced = image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        if max(ImageStat.Stat(ImageChops.difference(reduced.convert("RGB"), image)).mean) < 0.3:      # of 255
+            break
     out = io.BytesIO()
-    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    reduced.save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 
