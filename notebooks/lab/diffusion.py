@@ -116,7 +116,7 @@ def show_arrows(arrows, exact):
         ax.quiver(*start.T, *step.T, angles="xy", scale_units="xy", scale=1, width=0.006, color=BLUE, zorder=2)
         ax.plot(*start.T, "o", markersize=5, color=ORANGE, zorder=3, label="noisy")
         ax.plot([], [], color=BLUE, linestyle="-", marker=">", label="to the best guess")
-    ax.legend(loc="lower right", fontsize=12)
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     plt.show()
 
 
@@ -146,7 +146,7 @@ def lines(x, ys, xlabel, ylabel, level=None, **settings):
 
 def show_pictures(pictures):
     """Pictures of any size side by side. pictures: {title: (3, S, S) in [-1, 1]}."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 4.4))
+    _, axes = plt.subplots(1, len(pictures), figsize=(3.4 * len(pictures), 3.8))
     for ax, (title, picture) in zip(axes, pictures.items()):
         ax.imshow(array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1), interpolation="nearest")
         clear(ax)

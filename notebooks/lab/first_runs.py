@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import dydilit
-from lab.figures import BLUE, COLOURS, GREY, ORANGE, curves
+from lab.figures import BLUE, GREY, ORANGE, PINK, SKY, curves
 from lab.verdict import TwoWay, holm, percent, quantile
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -108,48 +108,48 @@ def claims_picture(rows, claims):
     found = compare(rows, claims)
     survives = dict(zip(found, [p < 0.05 for p in holm([p for *_, p in found.values()])]))
     columns = [(measure, data) for measure in MEASURES for data in SETS]
-    fig, ax = plt.subplots(figsize=(10.6, 0.56 * len(claims) + 1.1))
+    fig, ax = plt.subplots(figsize=(12, 0.62 * len(claims) + 1.3))
     colours = {"holds": "#a6dcc5", "cannot tell": "#e6e6e6", "the opposite": "#f6b48a"}
     for i, (words, _, _, *fids) in enumerate(claims):
         for j, (measure, data) in enumerate(columns):
             at = words, data, measure
             if at not in found:
-                ax.text(j, i, "not run", ha="center", va="center", fontsize=9, color=GREY)
+                ax.text(j, i, "not run", ha="center", va="center", fontsize=12, color=GREY)
                 continue
             estimate, half, _ = found[at]
             says = "cannot tell" if abs(estimate) <= half else "holds" if estimate < 0 else "the opposite"
             ax.add_patch(plt.Rectangle((j - 0.47, i - 0.44), 0.94, 0.88, facecolor=colours[says],
                                        edgecolor="black" if survives[at] else "none", linewidth=1.8))
             low, middle, high = (signed(percent(estimate + side * half)) for side in (-1, 0, 1))
-            ax.text(j, i - 0.16, f"{middle} %", ha="center", va="center", fontsize=11)
-            ax.text(j, i + 0.22, f"{low} to {high}", ha="center", va="center", fontsize=9)
+            ax.text(j, i - 0.18, f"{middle} %", ha="center", va="center", fontsize=14)
+            ax.text(j, i + 0.22, f"{low} to {high}", ha="center", va="center", fontsize=11)
         if fids:
             paper = signed(100 * (fids[0] / fids[1] - 1))
-            ax.text(len(columns), i, f"{paper} %", ha="center", va="center", fontsize=11, color=GREY)
+            ax.text(len(columns), i, f"{paper} %", ha="center", va="center", fontsize=14, color=GREY)
     ax.set(xlim=(-0.5, len(columns) + 0.5), ylim=(len(claims) - 0.5, -0.5))
-    ax.set_yticks(range(len(claims)), [words for words, *_ in claims], fontsize=11)
-    ax.set_xticks(range(len(columns) + 1), [f"{m}\n{SETS[d]}" for m, d in columns] + ["paper's\nFID"], fontsize=11)
+    ax.set_yticks(range(len(claims)), [words for words, *_ in claims], fontsize=13)
+    ax.set_xticks(range(len(columns) + 1), [f"{m}\n{SETS[d]}" for m, d in columns] + ["paper's\nFID"], fontsize=14)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     ax.grid(False)
     ax.spines[:].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in colours.values()]
     handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black"))
-    fig.legend(handles, [*colours, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=11, frameon=False)
+    fig.legend(handles, [*colours, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=14, frameon=False)
     plt.show()
 
 
 def rungs_picture(rows, column="held_out", scale=1000, ylabel="held-out loss x 1000"):
     """A curve per seed over the six rungs: own initial values on the left, those of the full model on the right."""
-    fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True, sharey="row")
+    fig, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True, sharey="row")
     for line, data in zip(axes, SETS):
         for ax, suffix, title in zip(line, ("", ALIKE), ("own initial values", "the full model's")):
             curves = np.array([by_seed(rows, data, f"rung{i}" + (suffix if i < 6 else ""), column) for i in range(1, 7)])
             for seed, marker in enumerate("osD"):
                 ax.plot(scale * curves[:, seed], marker=marker, label=f"seed {seed}")
-            ax.set_title(f"{SETS[data]}, {title}", fontsize=13)
-            ax.set_xticks(range(6), [NAMES[f"rung{i}"].removeprefix("+ ") for i in range(1, 7)], rotation=40, ha="right", fontsize=11)
-        line[0].set_ylabel(ylabel, fontsize=12)
-    axes[0, 0].legend(fontsize=11)
+            ax.set_title(f"{SETS[data]}, {title}", fontsize=15)
+            ax.set_xticks(range(6), [NAMES[f"rung{i}"].removeprefix("+ ") for i in range(1, 7)], rotation=40, ha="right", fontsize=13)
+        line[0].set_ylabel(ylabel)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     plt.show()
 
 
@@ -163,7 +163,7 @@ def bands_picture(rows):
             ax.errorbar(np.arange(50, 1000, 100) + shift, middle, [middle - low, high - middle], marker=marker, color=colour,
                         linestyle="-", capsize=3, label=SETS[data])
         ax.axhline(0, color="black", linestyle="-", linewidth=1)
-        ax.set_title(f"against {title}", fontsize=13)
+        ax.set_title(f"against {title}", fontsize=15)
         ax.set_xlabel("timestep")
         ax.set_xticks(range(0, 1001, 200))
     axes[0].set_ylabel("held-out loss, change in %")
@@ -184,9 +184,9 @@ def smoothing_picture(blocks, variants):
     for ax, column, label in zip(axes, ("row_variance", "similarity_out"), ("row variance, times N²", "cosine of two tokens after attention")):
         for i, variant in enumerate(variants.values()):
             found = per_block(blocks, "cifar10", variant, column).mean(0)
-            ax.plot(found, [i] * len(found), "o", color=BLUE if i else ORANGE, linestyle="none")
+            ax.plot(found, [i] * len(found), "o", color=BLUE if i else ORANGE, linestyle="none", markersize=9)
         ax.set_xlabel(label)
-    axes[0].set_yticks(range(len(variants)), list(variants), fontsize=12)
+    axes[0].set_yticks(range(len(variants)), list(variants), fontsize=14)
     axes[0].set_xticks([0.5, 1, 1.5, 2])
     axes[1].set_xticks([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
@@ -202,7 +202,8 @@ def chosen(routers, data, variant, kind):
 
 def banks_picture(routers):
     """Lambda and gamma that a token gets, by block, the mean and the range of three seeds. Fashion left, shapes right."""
-    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, sharey="row")
+    colours = {"rung3": PINK, "rung5": ORANGE, "rung6": SKY, "map": GREY}
+    fig, axes = plt.subplots(2, 2, figsize=(11.5, 6.4), sharex=True, sharey="row")
     for line, (kind, symbol), variants in zip(axes, [("differential", "lambda"), ("kernel", "gamma")],
                                               [("rung5", "map", "rung6"), ("rung3", "rung5", "rung6")]):
         for ax, data in zip(line, SETS):
@@ -210,12 +211,12 @@ def banks_picture(routers):
                 found = chosen(routers, data, variant, kind)
                 mean = found.mean(1)
                 ax.errorbar(np.arange(1, len(found) + 1) + 0.05 * (k - 1), mean, [mean - found.min(1), found.max(1) - mean],
-                            marker="osD"[k], color=COLOURS[k], capsize=3, label=NAMES[variant].removeprefix("+ "))
+                            marker="osD"[k], color=colours[variant], capsize=3, label=NAMES[variant].removeprefix("+ "))
             ax.set_xticks(range(1, 5))
         line[0].set_ylabel(symbol)
-        line[1].legend(fontsize=10)
+        line[1].legend(fontsize=13, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for ax, data in zip(axes[0], SETS):
-        ax.set_title(SETS[data], fontsize=13)
+        ax.set_title(SETS[data], fontsize=15)
     for ax in axes[1]:
         ax.set_xlabel("block")
     plt.show()
@@ -266,9 +267,9 @@ def print_routers(routers):
 
 
 def print_near_classes(rows, guidance=4):
-    """Percent recognized on Fashion in three groups of classes, DyDi-LiT's less the others', in points by seed."""
+    """Percent recognized on Fashion in three groups of classes, how many points DyDi-LiT has over the others, by seed."""
     groups = {"near (tops, dresses)": [0, 2, 3, 4, 6], "shoes": [5, 7, 9], "trousers and bags": [1, 8]}
     for group, classes in groups.items():
         share = {v: np.array([np.mean([100 * float(text.split()[c]) for c in classes]) for text in
                               by_seed(rows, "cifar10", v, f"cfg{guidance}_recognized_by_class")]) for v in ("rung6", "sana", "dit")}
-        print(f"{group:22}" + ", ".join(f"less {NAMES[v]}: " + " ".join(f"{x:+.0f}" for x in share["rung6"] - share[v]) for v in ("sana", "dit")))
+        print(f"{group:22}" + ", ".join(f"over {NAMES[v]}: " + " ".join(f"{x:+.0f}" for x in share["rung6"] - share[v]) for v in ("sana", "dit")))
