@@ -14,12 +14,18 @@ import time
 
 import nbformat
 import numpy as np
+from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from lab import figures  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(HERE.glob("[0-9A][0-9_]*.ipynb"))       # the lessons, and the appendix
 LIBRARY = (HERE.parent / "dydilit.py").read_bytes()
+OURS = np.array([to_rgb(colour) for colour in {*figures.COLOURS, *(look[0] for look in figures.LOOKS.values())}]) * 255
+OURS = OURS.round().astype(np.uint8)                        # (n, 3), colours that mean the same in all lessons
 os.environ["LAB_STATIC"] = "1"              # the kernels inherit it: sliders show their static picture only
 
 
@@ -29,9 +35,10 @@ def stamp(cell):
 
 
 def reduced(image, total, kept):
-    """A picture with `total` colours. The `kept` most frequent ones stay as they are, so that a line keeps its colour."""
+    """A picture with `total` colours. The course's own and the most frequent, `kept` in all, stay as they are."""
     colours, where, counts = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
-    order = counts.argsort()[::-1]
+    ours = (colours[:, None] == OURS).all(-1).any(-1)
+    order = np.where(ours, counts.max() + 1, counts).argsort()[::-1]
     palette, rest = colours[order[:kept]], np.repeat(colours[order[kept:]], counts[order[kept:]], axis=0)
     if len(rest):
         others = Image.fromarray(rest[None]).quantize(total - kept, method=Image.Quantize.MEDIANCUT).getpalette()
