@@ -12,7 +12,7 @@ import torch
 import dydilit
 import train
 from lab import ladder, lambda0, measures
-from lab.neighbours import NEIGHBOURS
+from lab.neighbours import NEIGHBOURS, lit_heads
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
 
@@ -270,6 +270,15 @@ def test_neighbours_have_equal_cost_and_can_be_looked_at(known, name):
     assert [line["block"] for line in blocks] == list(range(model.cfg.depth)) and routers == []
     assert all(-1 <= line["similarity_out"] <= 1 for line in blocks)
     assert sum(line["row_entropy"] != "" for line in blocks) == (2 if name == "pixart" else 0)      # its full attention
+
+
+def test_lesson_11_says_what_the_ladder_trains(known):
+    lesson, ours = (NOTEBOOKS / "11_the_neighbours.ipynb").read_text(), ladder.honest_macs(train.SMALL_MODEL)
+    for label, name in [("PixArt-Sigma", "pixart"), ("EDiT", "edit"), ("DiG", "dig"), ("MoH-DiT", "moh"), ("LiT", "lit")]:
+        fields, heads = known[name], known[name].get("n_heads", lit_heads(96) if name == "lit" else 1)
+        change = 100 * (ladder.honest_macs(train.SMALL_MODEL, parts=NEIGHBOURS[name], **BASE, **fields) / ours - 1)
+        line = f"| {label} | {fields['depth']} | {fields['dim']} | {heads} | {change:+.1f} % |".replace("-2", "−2")
+        assert line in lesson
 
 
 def test_lambda_held_at_0_is_rung_5_without_the_subtraction():
