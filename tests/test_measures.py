@@ -1,5 +1,4 @@
 """The measures of generated images against closed forms and slow loops, and the ladder of runs that they are taken on."""
-import csv
 import math
 import pathlib
 import subprocess
@@ -13,6 +12,7 @@ import torch
 import dydilit
 import train
 from lab import ladder, lambda0, measures
+from lab.neighbours import NEIGHBOURS, lit_heads
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
 
@@ -240,9 +240,15 @@ def test_attention_map_is_what_the_module_applies(overrides):
     torch.testing.assert_close(attn.proj(out), attn(x))
 
 
-def test_variants_are_those_of_the_tables():
-    base = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)
-    known = ladder.variants(train.SMALL_MODEL, base)
+BASE = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return ladder.variants(train.SMALL_MODEL, BASE)
+
+
+def test_variants_are_those_of_the_tables(known):
     assert [known[f"rung{i}"] for i in range(1, 7)] == [overrides for _, overrides in dydilit.LADDER]
     assert known["map"] == dict(dwc=False, differential="map") and known["increasing"]["lambda_init"] == [0.2, 0.8]
     target = ladder.honest_macs(train.SMALL_MODEL)
@@ -251,6 +257,28 @@ def test_variants_are_those_of_the_tables():
     assert ladder.flags("rung1:n_heads=4,lr=1e-3", known)[:2] == ["--lr", "1e-3"]
     with pytest.raises(train.Problem, match="--variants rung7: choose from rung1"):
         ladder.flags("rung7", known)
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours_have_equal_cost_and_can_be_looked_at(known, name):
+    assert ladder.trainer(f"{name}:lr=1e-3") == ("notebooks/lab/neighbours.py", name) and ladder.trainer("dit") == ("train.py",)
+    parts, overrides = ladder.blocks_of(name), {**BASE, **known[name]}
+    honest = ladder.honest_macs(train.SMALL_MODEL, parts=parts, **overrides)
+    assert honest == pytest.approx(ladder.honest_macs(train.SMALL_MODEL), rel=0.03)
+    model = dydilit.build_model(train.SMALL_MODEL, parts, **overrides).eval()
+    blocks, routers = ladder.look_inside(model, train.shapes(20), n=20, shuffles=1)
+    assert [line["block"] for line in blocks] == list(range(model.cfg.depth)) and routers == []
+    assert all(-1 <= line["similarity_out"] <= 1 for line in blocks)
+    assert sum(line["row_entropy"] != "" for line in blocks) == (2 if name == "pixart" else 0)      # its full attention
+
+
+def test_lesson_11_says_what_the_ladder_trains(known):
+    lesson, ours = (NOTEBOOKS / "11_the_neighbours.ipynb").read_text(), ladder.honest_macs(train.SMALL_MODEL)
+    for label, name in [("PixArt-Sigma", "pixart"), ("EDiT", "edit"), ("DiG", "dig"), ("MoH-DiT", "moh"), ("LiT", "lit")]:
+        fields, heads = known[name], known[name].get("n_heads", lit_heads(96) if name == "lit" else 1)
+        change = 100 * (ladder.honest_macs(train.SMALL_MODEL, parts=NEIGHBOURS[name], **BASE, **fields) / ours - 1)
+        line = f"| {label} | {fields['depth']} | {fields['dim']} | {heads} | {change:+.1f} % |".replace("-2", "−2")
+        assert line in lesson
 
 
 def test_lambda_held_at_0_is_rung_5_without_the_subtraction():
@@ -299,13 +327,11 @@ CLIMB = [sys.executable, NOTEBOOKS / "lab/ladder.py", "--seeds", "1", "--steps",
          "--workers", "2", "--out", "ladder", "--variants", f"rung6:{TINY}", f"dit:{TINY}", "--network"]
 
 
-def climb(tmp_path, network):
-    done = subprocess.run([*CLIMB, network], cwd=tmp_path, capture_output=True, text=True)
+def climb(tmp_path, network, *more):
+    done = subprocess.run([*CLIMB, network, *more], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tables = {}
-    for name in ("runs", "blocks", "routers", "real"):
-        with open(tmp_path / "ladder" / f"{name}.csv", newline="") as file:
-            tables[name] = sorted(csv.DictReader(file), key=str)
+    tables = {name: sorted(ladder.read(tmp_path / "ladder" / f"{name}.csv"), key=str)
+              for name in ("runs", "blocks", "routers", "real")}
     return done.stdout, tables
 
 
@@ -349,3 +375,16 @@ def test_ladder_of_notebook_10_runs_resumes_and_repeats_itself(tmp_path, network
     for name in first:                                      # a line that is made anew is the same line
         assert [{k: v for k, v in line.items() if "seconds" not in k} for line in again[name]] == \
             [{k: v for k, v in line.items() if "seconds" not in k} for line in first[name]]
+
+
+@pytest.mark.slow
+def test_ladder_of_notebook_11_trains_and_samples_a_neighbour(tmp_path, network):
+    _, tables = climb(tmp_path, network, "--variants", f"edit:{TINY}")
+    (line,) = tables["runs"]
+    assert line["dim"] == "16" and line["held_out_log"] and line["cfg2_KID"] and len(tables["blocks"]) == 2
+    run = next((tmp_path / "ladder").rglob("checkpoint.pt")).parent
+    command = [sys.executable, NOTEBOOKS / "lab/neighbours.py"]
+    told = [subprocess.run([*command, *words], capture_output=True, text=True) for words in (
+        ["dig", "sample", "--run", run], ["dit"])]                          # another system's weights, and no neighbour
+    assert "not a dydilit checkpoint" in told[0].stderr and told[0].stderr.startswith("neighbours.py: ")
+    assert told[1].stderr == "neighbours.py: the first word must be one of pixart, edit, dig, moh, lit\n"

@@ -98,7 +98,7 @@ def test_pixart_starts_as_the_mean_and_leaves_the_first_half_alone():
 def test_edit_is_its_papers_equations():
     module, x = attention("edit"), tokens()
     narrow = conv_loop(x[0], module.narrow)                                 # (N, d / 2)
-    for group in narrow.split(D // 2 // 8, dim=1):                          # 8 groups, each over all tokens
+    for group in narrow.split(D // 2 // 4, dim=1):                          # 4 groups, each over all tokens
         mean, variance = group.mean(), ((group - group.mean()) ** 2).mean()
         group.copy_((group - mean) / (variance + 1e-5).sqrt())
     narrow = narrow * module.norm.weight + module.norm.bias

@@ -1,4 +1,4 @@
-"""The analysis of notebook 10's experiment against closed forms and numbers made by hand."""
+"""The analysis of the experiments of notebooks 10 and 11 against closed forms and numbers made by hand."""
 import math
 
 import pytest
@@ -90,7 +90,38 @@ def test_a_table_of_unfinished_runs_is_not_shown(capsys):
     assert shown.count("KID") == 8 and max(map(len, shown.splitlines())) < 100
 
 
+def beside(wobble=0.01):
+    """Notebook 10's made-up runs and notebook 11's: EDiT has a fifth less of both measures, DiG twice as much."""
+    rows = made_up()
+    for i, name in enumerate(verdict.NEIGHBOURS):
+        for seed in range(100, 105):
+            log = 0.03 * (seed - 104) + wobble * math.sin(5 * i + 2 * seed) + math.log(dict(edit=0.8, dig=2).get(name, 1))
+            rows.append(dict(variant=name, seed=str(seed), commit="def", cfg2_KID=str(math.exp(log)), held_out_log=str(log)))
+    return rows
+
+
+def test_the_neighbours_are_each_compared_with_dydi_lit():
+    table = verdict.judge_neighbours(beside())
+    assert [(line["variant"], line["base"]) for line in table] == [(verdict.OURS, n) for n in verdict.NEIGHBOURS for _ in "12"]
+    for line in table:
+        change, found = dict(edit=25, dig=-50).get(line["base"], 0), verdict.percent(line["estimate"])
+        assert found == pytest.approx(change, abs=2) and (line["holm"] < 1e-6 if change else line["holm"] > 0.05)
+    assert [line["holm"] for line in table] == verdict.holm([line["p"] for line in table])         # over 5 x 2
+    fit = verdict.fits_of(beside(), verdict.BESIDE, verdict.BESIDE_SEEDS)["KID"]
+    assert fit.df == 5 * 4                                  # six systems, five seeds, none of notebook 10's other runs
+    assert verdict.judge(beside()) == verdict.judge(made_up())      # nor do the neighbours' count there
+
+
+def test_the_neighbours_table_waits_for_its_runs(capsys):
+    verdict.show_neighbours([row for row in beside() if row["variant"] != "lit"])
+    shown = capsys.readouterr().out
+    assert "25 of 30" in shown and "missing: lit" in shown and "Holm" not in shown
+    verdict.show_neighbours(beside())
+    shown = capsys.readouterr().out
+    assert "30 of 30 runs, commit abc, def" in shown and shown.count("DyDi-LiT against") == 10
+
+
 def test_the_variants_are_those_of_the_ladder():
     known = ladder.variants("DyDi-LiT-XS/4", dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
-    for variant in verdict.VARIANTS:
+    for variant in verdict.VARIANTS + verdict.BESIDE:
         ladder.flags(variant, known)

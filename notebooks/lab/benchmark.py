@@ -1,7 +1,8 @@
 """How long things take beside each other. The sides alternate in one process; ratios of medians, no absolute promises.
 
-    python notebooks/lab/benchmark.py                  everything, 20 to 30 minutes on two CPU cores
-    python notebooks/lab/benchmark.py step routed      of: step, compiled, routed, length, resolution, guidance, memory
+    python notebooks/lab/benchmark.py                  everything, 40 minutes on two CPU cores
+    python notebooks/lab/benchmark.py step routed      of: step, compiled, routed, length, resolution, guidance, memory,
+                                                       neighbours
 
 On a GPU the training steps run in BF16 autocast, and the card's name, images per second, the share of its peak and the
 largest micro-batch that fits are reported, too.
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
+from lab import cost  # noqa: E402
 from lab.helpers import Allocations, median_ms  # noqa: E402
 from lab.ladder import honest_macs  # noqa: E402
 
@@ -28,8 +30,8 @@ def row(figure, here, floor="", goal=""):
 
 
 def stepper(name, batch, compiled=False):
-    """A function that makes one training step."""
-    model, diffusion = dydilit.build_model(name), dydilit.GaussianDiffusion()
+    """A function that makes one training step. name: of a model, or the model."""
+    model, diffusion = dydilit.build_model(name) if isinstance(name, str) else name, dydilit.GaussianDiffusion()
     optimizer, forward = torch.optim.AdamW(model.parameters(), 1e-4), torch.compile(model) if compiled else model
     x = torch.randn(batch, model.cfg.in_channels, model.cfg.input_size, model.cfg.input_size)
     y = torch.zeros(batch, dtype=torch.long)
@@ -176,9 +178,43 @@ def memory(name="DyDi-LiT-S/2", card=24):
                 row(f"{name}, a step of {batch}", "out of memory")
 
 
+def neighbours(batch=64 if CUDA else 2, repeats=9, lengths=(256, 1024, 4096, 16384)):
+    """All eight systems of the paper's tables at size S against DiT, one pair after the other; then their attention alone,
+    a block's of each, against the number of tokens. Slopes are over the upper half of the lengths."""
+    def macs(system):
+        with torch.device("meta"):
+            return sum(cost.count_macs(cost.build(system))["honest"].values())
+
+    def forward(model):
+        x, t, y = torch.randn(batch, 4, 32, 32), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+            model(x, t, y)
+
+    for system in [name for name in cost.SYSTEMS if name != "DiT"]:
+        models = {name: cost.build(name) for name in (system, "DiT")}
+        for what, functions in [("forward", {name: lambda m=m: forward(m) for name, m in models.items()}),
+                                ("training step", {name: stepper(m, batch) for name, m in models.items()})]:
+            ms = median_ms(functions, repeats)
+            row(f"{what}, {system}-S / DiT-S, {batch} images", f"{ms[system] / ms['DiT']:.3f}", f"{macs(system) / macs('DiT'):.3f}",
+                f"{ms[system]:.0f} and {ms['DiT']:.0f} ms")
+    modules = {name: cost.build(name, depth=2).blocks[1].attn for name in cost.SYSTEMS}     # block 1 of 2: PixArt's compressed one
+    times = {name: [] for name in modules}
+    for n in lengths:
+        x = torch.randn(1, n, 384)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+            ms = median_ms({name: lambda m=m: m(x) for name, m in modules.items()}, 3)
+        for name in modules:
+            times[name].append(ms[name])
+    upper = slice(len(lengths) // 2 - 1, None)
+    for name, values in times.items():
+        slope = np.polyfit(np.log(lengths[upper]), np.log(values[upper]), 1)[0]
+        row(f"{name}'s attention, N = {lengths[upper][0]:,} .. {lengths[-1]:,}: log-log slope", f"{slope:.2f}", "",
+            ", ".join(f"{value:.4g}" for value in values) + " ms")
+
+
 if __name__ == "__main__":
     rows = dict(step=step, compiled=compiled, routed=routed, length=length, resolution=resolution, guidance=guidance,
-                memory=memory)
+                memory=memory, neighbours=neighbours)
     if unknown := set(sys.argv[1:]) - set(rows):
         sys.exit(f"benchmark.py: {', '.join(sorted(unknown))}: choose from {', '.join(rows)}")
     train.keep_freed_memory()

@@ -164,6 +164,20 @@ NEIGHBOUR_GFLOPS = [
     ("dig", "L", dict(depth=15, n_heads=12, image_size=512), 94.15),
 ]
 
+# The eight systems of Tables 1 to 3 at size S, as the tables have them: {name: (model, overrides)}. No GFLOPs are printed
+# for the last two; they get DiT's depth.
+SYSTEMS = {"DiT": ("DiT-S/2", {}), "Sana": ("Sana-S/2", {}), "DyDi-LiT": ("DyDi-LiT-S/2", {}),
+           **{label: ("DyDi-LiT-S/2", dict(parts=neighbours.NEIGHBOURS[name], **overrides)) for label, name, overrides in [
+               ("PixArt-Sigma", "pixart", dict(depth=12, n_heads=6)), ("EDiT", "edit", {}),
+               ("DiG", "dig", dict(depth=15, n_heads=6)), ("MoH-DiT", "moh", dict(depth=12, n_heads=6)),
+               ("LiT", "lit", dict(depth=12))]}}
+
+
+def build(system, **overrides):
+    """One of SYSTEMS as a model."""
+    name, fields = SYSTEMS[system]
+    return dydilit.build_model(name, **{**fields, **overrides})
+
 
 def main():
     """Prints every model's parameters and cost beside the paper's figures."""
@@ -172,6 +186,7 @@ def main():
             for name, overrides, printed in PAPER_GFLOPS]
     rows += [(f"{system}-{size}/2", f"DyDi-LiT-{size}/2", dict(parts=neighbours.NEIGHBOURS[system], **overrides), printed)
              for system, size, overrides, printed in NEIGHBOUR_GFLOPS]
+    rows += [(f"{system}-S/2", *SYSTEMS[system], None) for system in ("MoH-DiT", "LiT")]
     for label, name, overrides, printed in rows:
         with torch.device("meta"):
             model = dydilit.build_model(name, **overrides)

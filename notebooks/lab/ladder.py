@@ -5,10 +5,12 @@
     python notebooks/lab/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
     python notebooks/lab/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
     python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants lambda0:normalizer=none ...   notebook 10's
+    python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants pixart edit dig moh lit ...   notebook 11's
 
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
-MACs; lambda0, rung5 with lambda held at 0, only if it is named. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
+MACs; only if they are named, lambda0, which is rung5 with lambda held at 0, and pixart, edit, dig, moh and lit, the
+other systems of Tables 1 to 3 at rung6's honest MACs. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
 routers.csv a line per run and router, real.csv a line per data set: what real images would score in place of the
 generated ones. Stopped at any moment, the same command goes on. A line's `commit` is that of the code at the start.
 """
@@ -35,6 +37,7 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import common, cost, measures  # noqa: E402
+from lab.neighbours import NEIGHBOURS, lit_heads  # noqa: E402
 
 RECIPE = f"{train.KNOBS['cfg'][0]:g}"                 # the guidance of the small model's recipe
 GUIDANCES = ("1", RECIPE, "4")  # 1 and 4 are Table 1's scales; Tables 4 to 6 are at 4
@@ -45,16 +48,19 @@ KEY = ("data", "model", "variant", "seed", "steps", "samples", "sampling_steps",
 # ---- What is compared -----------------------------------------------------------------------------------------------
 
 def honest_macs(model, **overrides):
-    """Multiply-accumulates of a forward pass, all that run."""
+    """Multiply-accumulates of a forward pass, all that run. overrides: what build_model takes, also parts."""
     with torch.device("meta"):
         return sum(cost.count_macs(dydilit.build_model(model, **overrides))["honest"].values())
 
 
-def equal_macs(model, base, **overrides):
-    """overrides with the width that brings another architecture closest to the honest MACs of `model` with `base`."""
-    target, step = honest_macs(model, **base), math.lcm(4, overrides.get("n_heads", 1))
+def equal_macs(model, base, parts=dydilit.block_parts, multiple=4, **overrides):
+    """overrides with the width that brings another architecture closest to the honest MACs of `model` with `base`.
+
+    parts: its blocks' parts; multiple: of what its widths must be, besides 4 and n_heads.
+    """
+    target, step = honest_macs(model, **base), math.lcm(4, multiple, overrides.get("n_heads", 1))
     widths = range(step, 2 * dydilit.MODELS[model]["dim"], step)
-    dim = min(widths, key=lambda dim: abs(honest_macs(model, **base, **overrides, dim=dim) - target))
+    dim = min(widths, key=lambda dim: abs(honest_macs(model, parts=parts, **base, **overrides, dim=dim) - target))
     return dict(overrides, dim=dim)
 
 
@@ -67,9 +73,21 @@ def variants(model, base):
     with torch.device("meta"):
         cfg = dydilit.build_model(model, **base).cfg
     out["sana"] = equal_macs(model, base, **out["rung1"])
-    out["dit"] = equal_macs(model, base, attention="softmax", depth=round(cfg.depth * 12 / 9),     # the paper's ratio
-                            n_heads=max(4, cfg.dim // 64))
+    depth, heads = round(cfg.depth * 12 / 9), cfg.dim // 64         # the paper's ratio of depths
+    out["dit"] = equal_macs(model, base, attention="softmax", depth=depth, n_heads=max(4, heads))
+    for name, multiple, overrides in [                              # ratios of 9 and 15 to 9: see cost.NEIGHBOUR_GFLOPS
+            ("pixart", 4, dict(depth=depth, n_heads=max(4, heads))),
+            ("edit", 8, dict(depth=cfg.depth)),                     # half the width in four groups
+            ("dig", 2 * max(2, heads), dict(depth=round(cfg.depth * 15 / 9), n_heads=max(2, heads))),   # half in heads
+            ("moh", 4, dict(depth=depth, n_heads=max(6, heads))),   # as many as its S model has: a router needs a choice
+            ("lit", lit_heads(cfg.dim), dict(depth=depth))]:
+        out[name] = equal_macs(model, base, NEIGHBOURS[name], multiple, **overrides)
     return out
+
+
+def blocks_of(variant):
+    """What build_model takes as parts for a variant."""
+    return NEIGHBOURS.get(variant.partition(":")[0], dydilit.block_parts)
 
 
 def flags(text, known):
@@ -160,17 +178,22 @@ def mutual_information(counts):
 
 @torch.no_grad()
 def look_inside(model, data, n=200, shuffles=200):
-    """Lines for blocks.csv and routers.csv, from n held-out images at all noise levels."""
+    """Lines for blocks.csv and routers.csv, from n held-out images at all noise levels.
+
+    Of a neighbour's attention only the tokens are looked at, but for the full softmax attention that some of its blocks have.
+    """
     t = torch.randint(1000, (n,), generator=torch.Generator().manual_seed(0))
     _, x_t, _, y = noisy(data, t, seed=0)
     blocks, chosen, hooks, subtracted = [], {}, [], []
 
     def attention(module, inputs, output):
-        weights = attention_map(module, inputs[0])
-        weights = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)      # some may be negative
-        line = dict(block=len(blocks), row_entropy=measures.row_entropy(weights).mean().item(),
-                    row_variance=measures.row_variance(weights).mean().item(), similarity_in=similarity(inputs[0]),
+        line = dict(block=len(blocks), row_entropy="", row_variance="", similarity_in=similarity(inputs[0]),
                     similarity_out=similarity(output))
+        if isinstance(module, (dydilit.DyDiLA, dydilit.SoftmaxAttention)):
+            weights = attention_map(module, inputs[0])
+            weights = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-12)      # some may be negative
+            line["row_entropy"] = measures.row_entropy(weights).mean().item()
+            line["row_variance"] = measures.row_variance(weights).mean().item()
         line["subtracted_q"] = subtracted.pop() if subtracted else ""
         subtracted.clear()
         for name, bank in (("gamma", getattr(getattr(module, "kernel", None), "gammas", None)),
@@ -188,9 +211,8 @@ def look_inside(model, data, n=200, shuffles=200):
         chosen[names[module]] = output[1].sum(1).round().long().cpu().numpy()
 
     names = {module: name for name, module in model.named_modules()}
+    hooks += [block.attn.register_forward_hook(attention) for block in model.blocks]
     for module in names:
-        if isinstance(module, (dydilit.DyDiLA, dydilit.SoftmaxAttention)):
-            hooks.append(module.register_forward_hook(attention))
         if isinstance(module, dydilit.TokenDifferential):
             hooks.append(module.register_forward_hook(difference))
         if isinstance(module, dydilit.Router):
@@ -222,7 +244,7 @@ called = []                     # the process that this one waits for
 
 
 def call(log, script, *command):
-    """Runs a script of this repository with these arguments, its output in `log`. Problem if it fails."""
+    """Runs a script of this repository with these words after it, its output in `log`. Problem if it fails."""
     with open(log, "a") as out:
         called[:] = [subprocess.Popen([sys.executable, ROOT / script, *map(str, command)], stdout=out, stderr=out)]
         if called[0].wait():
@@ -242,8 +264,11 @@ def commit():
 
 
 def trainer(variant):
-    """What trains a variant, and samples from it."""
-    return "notebooks/lab/lambda0.py" if variant.partition(":")[0] == "lambda0" else "train.py"
+    """What trains a variant, and samples from it: a script, and perhaps a first word after it."""
+    name = variant.partition(":")[0]
+    if name in NEIGHBOURS:
+        return "notebooks/lab/neighbours.py", name
+    return ("notebooks/lab/lambda0.py" if name == "lambda0" else "train.py",)
 
 
 def run_folder(args, data, variant, steps, seed):
@@ -264,11 +289,11 @@ def one_run(args, key, train_flags, known_network, made_by):
     train.keep_freed_memory()
     started, run = time.time(), run_folder(args, *(key[k] for k in ("data", "variant", "steps", "seed")))
     log = run.with_name(run.name + ".log")
-    script = trainer(key["variant"])
-    call(log, script, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
+    script, parts = trainer(key["variant"]), blocks_of(key["variant"])
+    call(log, *script, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, "--sample-every", key["steps"], *train_flags)
     device = train.pick_device()
-    model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt"), device)
+    model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt", parts), device, parts=parts)
     data = held_out(key["data"], args.data_dir)
     losses, logs = held_out_losses(model, data)
     blocks, routers = look_inside(model, data)
@@ -284,7 +309,7 @@ def one_run(args, key, train_flags, known_network, made_by):
     for guidance in GUIDANCES:
         out = sample_file(args, run, guidance)
         if not out.exists():
-            call(log, script, "sample", "--run", run, "--num", sample_count(args, guidance), "--steps", args.sampling_steps, "--cfg", guidance,
+            call(log, *script, "sample", "--run", run, "--num", sample_count(args, guidance), "--steps", args.sampling_steps, "--cfg", guidance,
                  "--sampler", "ddim", "--seed", key["seed"], "--out", out)
         images, labels = measures.load_npz(out)
         generated = measures.extract(images, network)
@@ -382,7 +407,7 @@ def main():
     add("--data", nargs="+", default=["shapes"], choices=["shapes", "cifar10"])
     add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to; other files there, another --out")
     add("--model", default=train.SMALL_MODEL, help="the full method, of which the variants are made; default: %(default)s")
-    add("--variants", nargs="+", help="NAME, or NAME:FIELD=VALUE,... with something changed; default: all ten")
+    add("--variants", nargs="+", help="NAME, or NAME:FIELD=VALUE,... with something changed; default: all ten of Tables 1 and 4 to 6")
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
     add("--first-seed", type=train.number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
     add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
@@ -408,10 +433,10 @@ def climb(args):
         if tables[name]:
             train.save_log(out / f"{name}.csv", tables[name])
 
+    known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
     for seed in range(args.first_seed, args.first_seed + args.seeds):       # the first seed of everything comes first
         for data in args.data:
-            known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
-            for variant in args.variants or [name for name in known if name != "lambda0"]:
+            for variant in args.variants or [name for name in known if name != "lambda0" and name not in NEIGHBOURS]:
                 extra = flags(variant, known)
                 steps = extra[extra.index("--steps") + 1] if "--steps" in extra else args.steps
                 key = dict(data=data, model=args.model, variant=variant, seed=seed, steps=steps, samples=args.samples,

@@ -1,35 +1,27 @@
 """Five other answers to the question what to do about N^2, in the parts of a dydilit.Block.
 
-    compress the keys       KVCompressedAttention       PixArt-Sigma
-    linearize, and compress LinearCompressedAttention   EDiT
-    gate and scan           GatedLinearAttention        DiG
-    route the heads         MixtureOfHeadAttention      MoH-DiT
-    linearize, few heads    FewHeadLinearAttention      LiT
+    python notebooks/lab/neighbours.py edit train --data shapes     train.py's commands, for a name in NEIGHBOURS
 
-Every module maps tokens (B, N, d) to tokens (B, N, d), as DyDiLA does. NEIGHBOURS names for each
-system the two parts of its block, the attention and the feed-forward network, so that
-
-    dydilit.build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"], n_heads=6, depth=9)
-
-builds EDiT in the same shell as all the others. The model initializes every linear layer as DiT
-does (Xavier, biases zero); a convolution starts as it does where it is made. Shapes as in
-dydilit.py: B images, N tokens (an image's patches, row by row), d the model's width, h heads.
+Every attention maps tokens (B, N, d) to tokens (B, N, d), as DyDiLA does. In code,
+build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"]) builds EDiT in the shell that all models share, which initializes
+every linear layer as DiT does. Shapes as in dydilit.py: B images, N tokens (an image's patches, row by row), d, h heads.
 """
 import math
+import pathlib
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import dydilit
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import dydilit  # noqa: E402
 
 
 def as_image(x):
     """Tokens on their square grid. (B, N, C) -> (B, C, side, side)."""
     side = math.isqrt(x.shape[1])
-    if side * side != x.shape[1]:
-        raise ValueError(f"as_image: {x.shape[1]} tokens do not form a square grid")
-    return x.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return x.unflatten(1, (side, side)).permute(0, 3, 1, 2)         # fails where N is no square
 
 
 def as_tokens(x):
@@ -40,16 +32,13 @@ def as_tokens(x):
 # ---- PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692): softmax attention to fewer keys ----------
 
 class KVCompressedAttention(nn.Module):
-    """PixArt-Sigma's attention: softmax(Q f(K)^T / sqrt(d)) f(V), where f makes one token of 4 x 4.
+    """softmax(Q f(K)^T / sqrt(d)) f(V). A depth-wise convolution and a LayerNorm, f, make one token of 4 x 4.
 
-    The function f is a depth-wise convolution with kernel and stride 4, then a LayerNorm. The same
-    f serves keys and values. It starts as the mean over its 16 tokens, so a trained DiT could be
-    taken over. The cost still grows as N^2, but sixteen times more slowly.
+    The same f serves keys and values. Its convolution starts as the mean of the 16 tokens.
 
-    Source: AttentionKVCompress of the released code, which compresses in the later half of the
-    blocks, 2 x 2 at 1,024 pixels. That the DyDi-LiT paper compresses 4 x 4 follows from its GFLOPs
-    (see cost.py). Left out: norms of queries and keys and other ways to sample, which are off by
-    default, and the text with its cross-attention, for a class conditions the model as in DiT."""
+    Source: AttentionKVCompress of the released code. That the DyDi-LiT paper compresses 4 x 4 (there: 2 x 2 at 1,024
+    pixels) follows from its GFLOPs, see cost.py. Left out: what is off by default, and the text with its cross-attention,
+    because a class conditions our models."""
 
     def __init__(self, dim, n_heads, ratio=4):
         super().__init__()
@@ -70,25 +59,20 @@ class KVCompressedAttention(nn.Module):
 # ---- EDiT (Becker et al. 2025, arXiv 2503.16726): linear attention, local queries, fewer keys ----
 
 class LinearCompressedAttention(nn.Module):
-    """EDiT's attention, linear attention (Eq. 4) between these queries, keys and values:
+    """Linear attention (Eq. 4) between these. Conv_K and Conv_V are depth-wise with stride 2: N / 4 keys and values.
 
-        Q = ReLU(W_Q (X + Conv_1x1(LeakyReLU(GroupNorm(Conv_3x3(X))))))     "ConvFusion"
+        Q = ReLU(W_Q (X + Conv_1x1(LeakyReLU(GroupNorm(Conv_3x3(X))))))     "ConvFusion", d / 2 wide inside
         K = ReLU(Conv_K(W_K X)),  V = Conv_V(W_V X)                         "spatial compressor"
 
-    ConvFusion lets a query see its neighbours before it asks. The 3x3 convolution narrows d to
-    d / 2 channels, the 1x1 convolution widens them again. Conv_K and Conv_V are depth-wise, 3x3
-    with stride 2, and leave a quarter of the keys and values.
-
-    Source: the paper's equations as a published summary (papernotes.org) prints them; no code was
-    released. That ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints
-    for EDiT (see cost.py). That GroupNorm has 8 groups and Q, K, V no bias is our choice. EDiT
-    learns from PixArt-Sigma as its teacher; here it is trained from scratch."""
+    Source: the paper's equations as a published summary (papernotes.org) prints them; no code was released. That
+    ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints, see cost.py. That GroupNorm has 4
+    groups and Q, K, V no bias is our choice. EDiT learns from PixArt-Sigma as its teacher, ours from scratch."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
         self.n_heads = n_heads
         self.narrow = nn.Conv2d(dim, dim // 2, 3, padding=1)
-        self.norm = nn.GroupNorm(8, dim // 2)
+        self.norm = nn.GroupNorm(4, dim // 2)
         self.widen = nn.Conv2d(dim // 2, dim, 1)
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
@@ -110,14 +94,12 @@ def gated_linear_attention(q, k, v, log_decay, chunk=16):
 
         S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t,    o_t = q_t S_t
 
-    Row c of the memory S, (d_k, d_v), decays at the rate that token t chose for channel c. Written
-    as that loop it would take N steps. Here it takes N / chunk, because within a chunk the sum can
-    be written out. With b_t the sum of log_decay from the chunk's first token to token t:
+    Row c of the memory S, (d_k, d_v), decays at the rate that token t chose for channel c. That loop would take N steps.
+    This one takes N / chunk. With b_t the sum of log_decay from the chunk's first token to token t, a chunk's outputs are
 
         o_t = (q_t exp(b_t)) S + sum over j <= t of ((q_t exp(b_t)) (k_j exp(-b_j))^T) v_j
 
-    where S is the memory before the chunk. exp(-b_j) must stay finite in float32, so chunk times
-    the fastest decay is limited: -log_decay may be at most 80 / chunk.
+    where S is the memory before the chunk. exp(-b_j) must stay finite, so -log_decay may be at most 80 / chunk.
 
     q, k, log_decay: (..., N, d_k); v: (..., N, d_v). Returns (..., N, d_v), at least float32."""
     with torch.autocast(q.device.type, enabled=False):
@@ -140,27 +122,22 @@ def gated_linear_attention(q, k, v, log_decay, chunk=16):
 
 
 def scan_order(n, direction):
-    """The order in which n tokens of a square grid are read, (n,): 0 by rows, 1 by rows from the
-    end, 2 by columns, 3 by columns from the end."""
+    """The order in which n tokens of a square grid are read, (n,): 0 by rows, 2 by columns; 1 and 3 from their ends."""
     grid = torch.arange(n).view(math.isqrt(n), -1)
     order = (grid.T if direction >= 2 else grid).flatten()
     return order.flip(0) if direction % 2 else order
 
 
 class GatedLinearAttention(nn.Module):
-    """DiG's attention: gated_linear_attention on tokens read in one of four directions.
+    """gated_linear_attention on tokens read in one of four directions, i % 4 for block i.
 
-    A memory sees only what came before. Block i therefore reads in direction i % 4, and after four
-    blocks every token has heard from all sides. A depth-wise 3x3 convolution, started as the
-    identity, gives each token its neighbours. Per head, the output is RMS-normalized, gated by
-    SiLU(X W_G) and projected. The decay is exp(log_decay) = sigmoid(X W_1 W_2 + b)^(1/16), with
-    W_1 only 16 wide; keys and queries are d / 2 wide in all.
+    Before it, a depth-wise 3x3 convolution that starts as the identity. After it, per head, RMSNorm(O) * SiLU(X W_G).
+    The decay is exp(log_decay) = sigmoid(X W_1 W_2 + b)^(1/16), with W_1 only 16 wide. Keys and queries are d / 2 wide.
 
-    Source: models_dig.py and module_dig.py of hustvl/DiG. What differs: there the tokens stay
-    flipped or transposed between blocks, here the attention puts them back. There the convolution
-    follows the whole block, here it precedes the attention, which is their option
-    if_in_block_conv: a Block has no third part. There attention's linear layers start smaller (gain
-    2^-2.5), and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
+    Source: models_dig.py and module_dig.py of hustvl/DiG. What differs: there tokens stay flipped or transposed between
+    blocks, here the attention puts them back. There the convolution follows the whole block; here it precedes the
+    attention (their option if_in_block_conv), because a Block has no third part. There attention's linear layers start
+    smaller (gain 2^-2.5) and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
 
     def __init__(self, dim, n_heads, direction):
         super().__init__()
@@ -187,7 +164,7 @@ class GatedLinearAttention(nn.Module):
 
 
 def swiglu_width(dim):
-    """8/3 d, rounded up to a multiple of 256 as in the released code: for 512 it is 3 d."""
+    """8/3 d, rounded up to a multiple of 256 as in the released code."""
     return math.ceil(dim * 8 // 3 / 256) * 256
 
 
@@ -208,20 +185,16 @@ class SwiGLU(nn.Module):
 # ---- MoH-DiT (Jin et al. 2024, arXiv 2410.11842): heads as experts -------------------------------
 
 class MixtureOfHeadAttention(nn.Module):
-    """MoH's attention: softmax attention whose heads H_i are added with weights that a token chose.
+    """Softmax attention whose heads H_i are added with weights that each token chose:
 
         O = sum_i g_i H_i W_i,  with  g = [2 a_1 s p_S, 2 a_2 r p_R]
 
-    a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are
-    always on, weighted by p_S = softmax(X W_S). Of the routed heads the r with the largest entries
-    of softmax(X W_R) are on; p_R is those entries, divided by their sum, and zero for the others.
+    a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are on, weighted by p_S =
+    softmax(X W_S). Of the routed heads those r with the largest entries of softmax(X W_R) are on; p_R is these entries,
+    divided by their sum. With the factors 2, s and r, a token without preferences gives weights of 1.
 
-    Source: MoH-DiT/models.py of SkyworkAI/MoH. Its factors 2, s and r make the weights of a token
-    without preferences 1 each. Somewhat less than half of the heads are shared here and half of
-    the others on; in the released models both vary from block to block. What differs: there a loss
-    that balances the heads' load is added in training. It is left out here, where one training
-    loop serves all systems. As there, every head is computed and then weighted. That heads are off
-    saves nothing, then: it says what a faster program could skip."""
+    Source: MoH-DiT/models.py of SkyworkAI/MoH, where s and r vary from block to block. Left out: its loss that balances
+    the heads' load, because one training loop serves all systems. As there, heads that are off are computed all the same."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -253,15 +226,11 @@ class MixtureOfHeadAttention(nn.Module):
 # ---- LiT (Wang et al. 2025, arXiv 2501.12976): linear attention with few heads -------------------
 
 class FewHeadLinearAttention(nn.Module):
-    """LiT's attention: linear attention (Eq. 4) with ReLU as kernel, plus DWC(V).
+    """Linear attention (Eq. 4) with ReLU as kernel and few heads, plus a depth-wise 5x5 convolution of V.
 
-    DWC is a depth-wise 5x5 convolution. Fewer heads cost more, d / h operations per channel of a
-    token, but not more time, and LiT finds them better: its S model has 2 heads and its XL model 4.
-
-    Source: a published summary of the paper (papernotes.org); its code was not read. So bias (none
-    on Q, K, V, as in Sana) and a kernel for every channel of every head are our choices. LiT
-    inherits a trained DiT's weights and learns from it as a teacher; here it is trained from
-    scratch. It found the focused kernel, rung 2 of dydilit.LADDER, little better than ReLU."""
+    Source: a published summary of the paper (papernotes.org); its code was not read. So bias (none on Q, K, V, as in Sana)
+    and a kernel for every channel of every head are our choices. LiT inherits a trained DiT's weights and learns from it,
+    ours from scratch."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -276,34 +245,29 @@ class FewHeadLinearAttention(nn.Module):
         return self.proj(dydilit.merge_heads(dydilit.linear_attention(q, k, v)) + local)
 
 
-# ---- The blocks' parts: (configuration, number of the block) -> (attention, feed-forward) --------
-
-def pixart(cfg, i):
-    """DiT's attention in the first half of the blocks, compressed keys in the second half."""
-    compressed = i >= cfg.depth // 2
-    attention = KVCompressedAttention if compressed else dydilit.SoftmaxAttention
-    return attention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
-
-
-def edit(cfg, i):
-    return LinearCompressedAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
-
-
-def dig(cfg, i):
-    return GatedLinearAttention(cfg.dim, cfg.n_heads, direction=i % 4), SwiGLU(cfg.dim)
-
-
-def moh(cfg, i):
-    return MixtureOfHeadAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
-
-
 def lit_heads(dim):
-    """LiT's number of heads instead of the configuration's: 2 for small widths, 4 for 1,152."""
+    """LiT's number of heads, instead of the configuration's: 2 in its S, 4 in its XL."""
     return max(2, dim // 256)
 
 
-def lit(cfg, i):
-    return FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)), dydilit.Mlp(cfg.dim)
+# ---- The blocks' parts: (configuration, number of the block) -> (attention, feed-forward) --------
+
+def pixart(cfg, i):
+    """DiT's attention in the first half of the blocks, fewer keys in the second."""
+    attention = dydilit.SoftmaxAttention if i < cfg.depth // 2 else KVCompressedAttention
+    return attention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
 
 
-NEIGHBOURS = {"pixart": pixart, "edit": edit, "dig": dig, "moh": moh, "lit": lit}
+NEIGHBOURS = {
+    "pixart": pixart,
+    "edit": lambda cfg, i: (LinearCompressedAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)),
+    "dig": lambda cfg, i: (GatedLinearAttention(cfg.dim, cfg.n_heads, direction=i % 4), SwiGLU(cfg.dim)),
+    "moh": lambda cfg, i: (MixtureOfHeadAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)),
+    "lit": lambda cfg, i: (FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)), dydilit.Mlp(cfg.dim)),
+}
+
+if __name__ == "__main__":
+    import train
+    if len(sys.argv) < 2 or sys.argv[1] not in NEIGHBOURS:
+        sys.exit(f"neighbours.py: the first word must be one of {', '.join(NEIGHBOURS)}")
+    train.explained(train.main, sys.argv[2:], NEIGHBOURS[sys.argv[1]])

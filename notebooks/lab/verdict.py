@@ -1,21 +1,33 @@
-"""The analysis of notebook 10's experiment, as it was fixed before the runs were made.
+"""The analysis of the experiments of notebooks 10 and 11, as it was fixed before their runs were made.
 
-    python notebooks/lab/verdict.py notebooks/results/verdict.csv
+    python notebooks/lab/verdict.py notebooks/results/verdict.csv                   notebook 10's
+    python notebooks/lab/verdict.py neighbours notebooks/results/neighbours.csv     notebook 11's
 
-The file is the runs.csv of the command in notebook 10. Prints the table of contrasts and what the rule says.
+The file is the runs.csv of the notebook's command. Prints the table of contrasts, and of notebook 10's what the rule says.
 """
 import csv
 import functools
 import math
+import pathlib
 import sys
 
 import numpy as np
+
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import dydilit  # noqa: E402
+from lab.neighbours import NEIGHBOURS  # noqa: E402
 
 # The eight variants, as ladder.py names them.
 LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5 with lambda held at 0
 RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
 RUNG6 = {n: f"rung6:normalizer={n}" for n in ("none", "mass")}          # DyDi-LiT: and with the convolution
 VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
+SEEDS = range(100, 110)
+
+# Notebook 11: DyDi-LiT as it is by default, and its neighbours, with the first five of these seeds.
+OURS = RUNG6[dydilit.ModelConfig.normalizer]
+BESIDE = [OURS, *NEIGHBOURS]
+BESIDE_SEEDS = range(100, 105)
 
 # Logarithms of what is measured, so that a difference is a ratio. held_out_log is a mean logarithm already.
 MEASURES = {"KID": lambda row: math.log(float(row["cfg2_KID"])),
@@ -101,20 +113,35 @@ def holm(p):
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
 
-def judge(rows):
-    """The table of contrasts of runs.csv's rows: a dictionary per contrast and measure. Less is better in both."""
-    rows = [row for row in rows if row["variant"] in VARIANTS]
-    fits = {name: TwoWay({(row["variant"], int(row["seed"])): value(row) for row in rows})
+def fits_of(rows, variants, seeds):
+    """{measure: TwoWay of the rows of these variants and seeds}."""
+    rows = [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+    return {name: TwoWay({(row["variant"], int(row["seed"])): value(row) for row in rows})
             for name, value in MEASURES.items()}
-    best = min(RUNG6.values(), key=lambda variant: fits["KID"].effects[fits["KID"].column[variant]])
+
+
+def compare(fits, contrasts):
+    """A dictionary per contrast and measure. Less is better in both. Holm's correction runs over all of them."""
     table = []
-    for asks, (variant, base) in contrasts(best).items():
+    for asks, (variant, base) in contrasts.items():
         for name, fit in fits.items():
             estimate, half, p = fit.difference(variant, base)
             table.append(dict(asks=asks, measure=name, variant=variant, base=base, estimate=estimate, half=half, p=p))
     for line, p in zip(table, holm([line["p"] for line in table])):
         line["holm"] = p
     return table
+
+
+def judge(rows):
+    """Notebook 10's table of contrasts, from the rows of runs.csv."""
+    fits = fits_of(rows, VARIANTS, SEEDS)
+    best = min(RUNG6.values(), key=lambda variant: fits["KID"].effects[fits["KID"].column[variant]])
+    return compare(fits, contrasts(best))
+
+
+def judge_neighbours(rows):
+    """Notebook 11's: DyDi-LiT against each neighbour."""
+    return compare(fits_of(rows, BESIDE, BESIDE_SEEDS), {f"DyDi-LiT against {name}": (OURS, name) for name in NEIGHBOURS})
 
 
 def printed_is_worse(table):
@@ -126,23 +153,38 @@ def percent(log_ratio):
     return 100 * math.expm1(log_ratio)
 
 
-def show(rows):
-    """Prints which runs there are, the contrasts in percent, and what the rule says of the default."""
-    seeds = {variant: sorted(int(row["seed"]) for row in rows if row["variant"] == variant) for variant in VARIANTS}
-    print(f"{sum(map(len, seeds.values()))} of 80 runs, commit " + ", ".join(sorted({row["commit"] for row in rows})))
-    missing = [variant for variant, found in seeds.items() if len(found) < 10]
+def complete(rows, variants, seeds):
+    """Prints which runs there are. Whether they are all there."""
+    rows = [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+    print(f"{len(rows)} of {len(variants) * len(seeds)} runs, commit " + ", ".join(sorted({row["commit"] for row in rows})))
+    missing = [variant for variant in variants if sum(row["variant"] == variant for row in rows) < len(seeds)]
     if missing:
         print("The table would be premature, runs are missing: " + ", ".join(missing))
-        return
-    table = judge(rows)
+    return not missing
+
+
+def print_table(table):
+    """Prints the contrasts in percent."""
     print(f"{'contrast':43}{'measure':15}{'change':>8}{'95 % interval':>20}{'Holm p':>9}")
     for line in table:
         low, high = (percent(line["estimate"] + side * line["half"]) for side in (-1, 1))
         interval = f"{low:+.1f} to {high:+.1f} %"
         print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %{interval:>20}{line['holm']:9.3f}")
-    worse = printed_is_worse(table)
-    print(f"\nThe printed Eq. 8 is {'worse than' if worse else 'not shown to be worse than'} mass. "
-          + ("mass stays the default." if worse else "It becomes the default if it was stable, too."))
+
+
+def show(rows):
+    """Notebook 10's: which runs there are, the contrasts, and what the rule says of the default."""
+    if complete(rows, VARIANTS, SEEDS):
+        print_table(table := judge(rows))
+        worse = printed_is_worse(table)
+        print(f"\nThe printed Eq. 8 is {'worse than' if worse else 'not shown to be worse than'} mass. "
+              + ("mass stays the default." if worse else "It becomes the default if it was stable, too."))
+
+
+def show_neighbours(rows):
+    """Notebook 11's: which runs there are, and the contrasts."""
+    if complete(rows, BESIDE, BESIDE_SEEDS):
+        print_table(judge_neighbours(rows))
 
 
 def read(path):
@@ -151,6 +193,7 @@ def read(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    *which, path = sys.argv[1:] or [""]
+    if which not in ([], ["neighbours"]) or not path:
         sys.exit(__doc__)
-    show(read(sys.argv[1]))
+    (show_neighbours if which else show)(read(path))
