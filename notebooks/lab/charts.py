@@ -2,9 +2,25 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lab.figures import BLUE, COLOURS, ORANGE, SKY, array, clear, curves, look
+from lab.figures import BLUE, COLOURS, GREY, LOOKS, ORANGE, SKY, array, clear, curves, look
 
-KINDS = {"DiT": "softmax", "softmax": "softmax", "Sana": "ReLU", "ReLU": "ReLU", "DyDi": "convolution"}
+WHOLE = next(name for name, (colour, *_) in LOOKS.items() if colour == SKY)         # what LOOKS calls the whole module
+KINDS = {"DiT": "softmax", "softmax": "softmax", "Sana": "ReLU", "ReLU": "ReLU", "DyDi": WHOLE}
+
+
+def mark(ax, value, words, axis="y", end=1.0):
+    """A thin grey line at a value of an axis, with words at one end of it.
+
+    Words on a level line stand on it, left (end=0), right (1) or beside the panel (more); on an upright one, above the panel.
+    """
+    if axis == "y":
+        ax.axhline(value, color=GREY, linestyle="-", linewidth=1.3, zorder=1)
+        ax.annotate(words, (end, value), (0, 0 if end > 1 else 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    fontsize=13, ha="right" if 0.5 < end <= 1 else "left", va="center" if end > 1 else "bottom", color="#555555")
+    else:
+        ax.axvline(value, color=GREY, linestyle="-", linewidth=1.3, zorder=1)
+        ax.annotate(words, (value, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=13,
+                    ha="center", va="bottom", color="#555555")
 
 
 def race(x, ys, xlabel, ylabel, **settings):
