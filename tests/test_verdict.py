@@ -1,9 +1,12 @@
 """The analysis of the experiments of notebooks 10 and 11 against closed forms and numbers made by hand."""
 import math
 
+import matplotlib
 import pytest
 
-from lab import ladder, verdict
+from lab import ladder, plan, verdict
+
+matplotlib.use("agg")                       # draws without a screen
 
 
 @pytest.mark.parametrize("t", [0.3, 1.0, 4.303, 40.0])
@@ -119,6 +122,19 @@ def test_the_neighbours_table_waits_for_its_runs(capsys):
     verdict.show_neighbours(beside())
     shown = capsys.readouterr().out
     assert "30 of 30 runs, commit abc, def" in shown and shown.count("DyDi-LiT against") == 10
+
+
+def test_the_picture_has_a_cell_for_each_line_and_a_frame_for_what_survives(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plan.plt, "show", lambda: figures.append(plan.plt.gcf()))
+    table = verdict.judge(made_up(printed=0.1))
+    plan.contrasts_picture(table)
+    plan.plt.close(figures[0])
+    ax, = figures[0].axes
+    framed = [cell for cell in ax.patches if cell.get_edgecolor()[3] > 0]
+    assert len(ax.patches) == len(table) == 16
+    assert len(framed) == sum(line["holm"] < 0.05 for line in table) == 6       # contrasts 1, 4a and 6
+    assert {text.get_text() for text in ax.get_yticklabels()} == set(plan.WORDS.values())
 
 
 def test_the_variants_are_those_of_the_ladder():

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import dydilit
-from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, array, clear, curves
+from lab.charts import mark                     # for the lesson, with the rest
+from lab.figures import BLACK, BLUE, GREEN, ORANGE, PINK, array, clear, curves
 
 REACH = 2.7                                 # the plane is drawn from -REACH to REACH
 
@@ -88,7 +89,7 @@ def plane(ax, exact, title=None):
     ax.set_title(title, fontsize=15)
 
 
-def panels(n, columns, size=3.3):
+def panels(n, columns, size=3.0):
     """n axes side by side in rows of `columns`, with common scales."""
     rows = math.ceil(n / columns)
     _, axes = plt.subplots(rows, columns, figsize=(size * columns + 0.3, size * rows + 0.3), sharex=True, sharey=True,
@@ -105,17 +106,23 @@ def show_points(points, exact, columns, outlines=None):
             ax.contour(axis, axis, density, levels=[0.05], colors=BLACK, linewidths=2, linestyles="-")
         colour = ORANGE if title.startswith("DDIM") else BLUE if title.startswith("DDPM") else GREEN
         ax.plot(*array(xy).T, "o", markersize=3, markeredgewidth=0, color=colour)
+    if outlines is not None:
+        handles = [plt.Line2D([], [], linestyle="none", marker="o", markersize=6, color=colour, label="samples"),
+                   plt.Line2D([], [], color=BLACK, label="the class, above 5 % of its largest density")]
+        ax.figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     plt.show()
 
 
 def show_arrows(arrows, exact):
     """Arrows over the density of the data, a panel each. arrows: {title: (from (n, 2), to (n, 2))}."""
-    for ax, (title, (start, end)) in zip(panels(len(arrows), len(arrows), 4), arrows.items()):
+    for ax, (title, (start, end)) in zip(panels(len(arrows), len(arrows), 3.5), arrows.items()):
         plane(ax, exact, title)
         start, step = array(start), array(end - start)
         ax.quiver(*start.T, *step.T, angles="xy", scale_units="xy", scale=1, width=0.006, color=BLUE, zorder=2)
         ax.plot(*start.T, "o", markersize=5, color=ORANGE, zorder=3, label="noisy")
         ax.plot([], [], color=BLUE, linestyle="-", marker=">", label="to the best guess")
+        reach = max(REACH, 0.2 + max(abs(array(start)).max() for start, _ in arrows.values()))
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
     ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     plt.show()
 
@@ -125,28 +132,62 @@ def show_paths(paths, exact):
     for ax, (title, path) in zip(panels(len(paths), len(paths), 4.8), paths.items()):
         plane(ax, exact, title)
         path = array(path)
-        for i, colour in enumerate([BLUE, ORANGE, GREEN, BLACK][:path.shape[1]]):
+        for i, colour in enumerate([BLUE, ORANGE, GREEN, PINK][:path.shape[1]]):
             ax.plot(path[:, i, 0], path[:, i, 1], color=colour, linestyle="-", linewidth=1.6)
-        ax.plot(*path[0].T, "o", markersize=10, color=BLACK, label="start")
-        ax.plot(*path[-1].T, "s", markersize=9, color=BLACK, markerfacecolor="white", markeredgewidth=2.5, label="end")
+            for at, marker, size in [(0, "o", 11), (-1, "s", 12)]:
+                ax.plot(*path[at, i], marker, markersize=size, color=colour, markeredgecolor=BLACK, markeredgewidth=2)
         ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6))
+    for marker, word in [("o", "start"), ("s", "end")]:
+        ax.plot([], [], marker, markersize=11, color="white", markeredgecolor=BLACK, markeredgewidth=2, label=word)
     ax.legend(loc="lower right")
     plt.show()
 
 
-def lines(x, ys, xlabel, ylabel, level=None, **settings):
-    """curves() without markers, for many points; level: a thin grey line to compare with. Returns the axes."""
+def lines(x, ys, xlabel, ylabel, **settings):
+    """curves() without markers, for many points, and without a legend for a single line. Returns the axes."""
     ax = curves(x, ys, xlabel, ylabel, **settings)
     plt.setp(ax.lines, marker="None")
-    if level is not None:
-        ax.axhline(level, color=GREY, linestyle="-", linewidth=1)
     ax.legend()
+    if len(ys) == 1:
+        ax.get_legend().remove()
     return ax
+
+
+def show_chain(clean, t=150, T=1000):
+    """The chain from a picture to noise, q on the way there and p on the way back. clean: (1, 3, S, S)."""
+    alpha_bar = (1 - torch.linspace(1e-4, 2e-2, T)).cumprod(0)
+    with torch.random.fork_rng():                                           # the lesson's own noise stays as it is
+        torch.manual_seed(0)
+        noise = torch.randn_like(clean)
+    stations = {"x_0": 0, "x_1": 1, "": None, "x_{t-1}": t - 1, "x_t": t, " ": None, "x_T": T}
+    ax = plt.subplots(figsize=(11, 3.55))[1]
+    x, centre = 0.0, {}
+    for name, step in stations.items():
+        width = 0.6 if step is None else 1.3
+        centre[name] = x + width / 2
+        if step is None:
+            ax.text(centre[name], 0, "…", ha="center", va="center", fontsize=22)
+        else:
+            a = alpha_bar[step - 1] if step else torch.tensor(1.0)
+            picture = (a.sqrt() * clean + (1 - a).sqrt() * noise)[0].permute(1, 2, 0)
+            ax.imshow(array((picture + 1) / 2).clip(0, 1), extent=(x, x + width, -0.65, 0.65), interpolation="nearest")
+            ax.text(centre[name], -0.68, f"${name}$", ha="center", va="top", fontsize=18)
+        x += width + 0.42
+    for one, other in zip(list(centre)[:-1], list(centre)[1:]):
+        for (start, end), y, bend, colour in [((one, other), 0.72, -0.35, BLUE), ((other, one), -1.12, -0.35, ORANGE)]:
+            ax.annotate("", (centre[end], y), (centre[start], y), annotation_clip=False, arrowprops=dict(
+                arrowstyle="-|>", linewidth=2, color=colour, connectionstyle=f"arc3,rad={bend}", shrinkA=2, shrinkB=2, mutation_scale=18))
+    middle = (centre["x_{t-1}"] + centre["x_t"]) / 2
+    ax.text(middle, 1.12, "$q(x_t\\,|\\,x_{t-1})$ adds noise", ha="center", va="bottom", fontsize=16, color=BLUE)
+    ax.text(middle, -1.5, "$p(x_{t-1}\\,|\\,x_t)$ is learned", ha="center", va="top", fontsize=16, color=ORANGE)
+    ax.set(xlim=(-0.1, x - 0.3), ylim=(-1.9, 1.5), aspect="equal")
+    clear(ax)
+    plt.show()
 
 
 def show_pictures(pictures):
     """Pictures of any size side by side. pictures: {title: (3, S, S) in [-1, 1]}."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(3.4 * len(pictures), 3.8))
+    _, axes = plt.subplots(1, len(pictures), figsize=(3.0 * len(pictures), 3.4))
     for ax, (title, picture) in zip(axes, pictures.items()):
         ax.imshow(array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1), interpolation="nearest")
         clear(ax)

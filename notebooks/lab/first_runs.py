@@ -6,7 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import dydilit
-from lab.figures import BLUE, GREY, ORANGE, PINK, SKY, curves
+from lab.charts import WHOLE, mark
+from lab.figures import BLUE, ORANGE, PINK, curves, look
 from lab.verdict import TwoWay, holm, percent, quantile
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -18,19 +19,19 @@ MEASURES = {"loss": "held_out", "FID": "cfg4_FID", "KID": "cfg4_KID"}
 
 # Claims: (words, variant that should have less, variant that should have more, the paper's two FIDs).
 STEPS = [("focused kernel beats ReLU", "rung2", "rung1", 28.20, 28.00),
-         ("dynamic kernel beats focused kernel", "rung3", "rung2", 27.87, 28.20),
+         ("dynamic kernel beats focused", "rung3", "rung2", 27.87, 28.20),
          ("projection beats plain Q, K", "rung4", "rung3", 27.46, 27.87),
          ("differential beats projection", "rung5", "rung4", 26.20, 27.46),
          ("convolution beats its absence", "rung6", "rung5", 24.48, 26.20),
          ("all parts beat Sana", "rung6", "rung1", 24.48, 28.00)]
 OTHERS = [("token-wise beats map-wise", "rung5", "map", 26.20, 26.62),
-          ("lambda from 0.01 beats 0.2 to 0.8", "rung5", "increasing", 26.20, 29.30),
+          ("λ from 0.01 beats 0.2 to 0.8", "rung5", "increasing", 26.20, 29.30),
           ("DyDi-LiT beats Sana of equal cost", "rung6", "sana", 24.48, 28.00),
           ("DyDi-LiT beats DiT of equal cost", "rung6", "dit", 24.48, 35.29)]
 ALIKE = ":init=full"                        # what a variant shares with the full model starts as there
 SAME_START = [(words, a + (ALIKE if a != "rung6" else ""), b + ALIKE, *fids) for words, a, b, *fids in STEPS]
-NORMALIZER = [("Eq. 8 as printed beats mass, rung 5", f"rung5{ALIKE},normalizer=none", "rung5" + ALIKE),
-              ("Eq. 8 as printed beats mass, full model", "rung6:normalizer=none", "rung6")]
+NORMALIZER = [("printed Eq. 8 beats mass, rung 5", f"rung5{ALIKE},normalizer=none", "rung5" + ALIKE),
+              ("printed Eq. 8 beats mass, rung 6", "rung6:normalizer=none", "rung6")]
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -93,81 +94,85 @@ def compare(rows, claims, measures=MEASURES, data=SETS):
     return found
 
 
-def signed(x):
-    """A percentage with two or so digits."""
-    return f"{x:+.1f}" if abs(x) < 9.95 else f"{x:+.0f}"
-
-
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
-def claims_picture(rows, claims):
-    """Claims in rows, measures in columns: green holds, orange the opposite, grey cannot tell.
+def set_look(data):
+    """Keywords for errorbar: colour and marker of a set of pictures."""
+    return dict(zip(SETS, (dict(color=ORANGE, marker="o", linestyle="none", markersize=8),
+                           dict(color=BLUE, marker="s", linestyle="none", markersize=8))))[data]
 
-    A frame: it survives Holm's correction over the whole picture.
+
+# Percent to label, by the length of an axis that counts logarithms.
+TICKS = {3: (-95, -80, -50, 0, 100), 2.35: (-75, -50, 0, 100), 1: (-75, -50, 0, 50), 0.15: (-20, -10, 0), 0: (-4, -2, 0, 2)}
+
+
+def claims_picture(rows, claims):
+    """A forest plot of claims, a panel for each measure: a mark and its 95 % interval for each set of pictures.
+
+    The axis counts logarithms and is labelled in percent. A filled mark survives Holm's correction over the whole picture.
     """
     found = compare(rows, claims)
     survives = dict(zip(found, [p < 0.05 for p in holm([p for *_, p in found.values()])]))
-    columns = [(measure, data) for measure in MEASURES for data in SETS]
-    fig, ax = plt.subplots(figsize=(12, 0.62 * len(claims) + 1.3))
-    colours = {"holds": "#a6dcc5", "cannot tell": "#e6e6e6", "the opposite": "#f6b48a"}
-    for i, (words, _, _, *fids) in enumerate(claims):
-        for j, (measure, data) in enumerate(columns):
-            at = words, data, measure
-            if at not in found:
-                ax.text(j, i, "not run", ha="center", va="center", fontsize=12, color=GREY)
-                continue
-            estimate, half, _ = found[at]
-            says = "cannot tell" if abs(estimate) <= half else "holds" if estimate < 0 else "the opposite"
-            ax.add_patch(plt.Rectangle((j - 0.47, i - 0.44), 0.94, 0.88, facecolor=colours[says],
-                                       edgecolor="black" if survives[at] else "none", linewidth=1.8))
-            low, middle, high = (signed(percent(estimate + side * half)) for side in (-1, 0, 1))
-            ax.text(j, i - 0.18, f"{middle} %", ha="center", va="center", fontsize=14)
-            ax.text(j, i + 0.22, f"{low} to {high}", ha="center", va="center", fontsize=11)
-        if fids:
-            paper = signed(100 * (fids[0] / fids[1] - 1))
-            ax.text(len(columns), i, f"{paper} %", ha="center", va="center", fontsize=14, color=GREY)
-    ax.set(xlim=(-0.5, len(columns) + 0.5), ylim=(len(claims) - 0.5, -0.5))
-    ax.set_yticks(range(len(claims)), [words for words, *_ in claims], fontsize=13)
-    ax.set_xticks(range(len(columns) + 1), [f"{m}\n{SETS[d]}" for m, d in columns] + ["paper's\nFID"], fontsize=14)
-    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in colours.values()]
-    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black"))
-    fig.legend(handles, [*colours, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=14, frameon=False)
+    fig, axes = plt.subplots(1, len(MEASURES), figsize=(12, 0.45 * len(claims) + 2), sharey=True)
+    for ax, measure in zip(axes, MEASURES):
+        for i, (words, _, _, *fids) in enumerate(claims):
+            if i % 2:
+                ax.axhspan(i - 0.5, i + 0.5, color="#F0F0F0", linewidth=0)
+            for data, shift in zip(SETS, (-0.17, 0.17)):
+                if (words, data, measure) in found:
+                    estimate, half, _ = found[words, data, measure]
+                    ax.errorbar(estimate, i + shift, xerr=half, capsize=3, linewidth=2, markeredgewidth=2, **set_look(data),
+                                markerfacecolor=None if survives[words, data, measure] else "white")
+            if fids and measure == "FID":
+                ax.plot(np.log(fids[0] / fids[1]), i, "x", color="black", markersize=9, markeredgewidth=2.5, zorder=4)
+        low, high = ax.get_xlim()
+        steps = next(steps for width, steps in TICKS.items() if high - low > width)
+        ticks = [t for t in steps if low < np.log1p(t / 100) < high]
+        ax.set_xticks(np.log1p(np.array(ticks) / 100), [f"{t:+}".replace("+0", "0").replace("-", "−") for t in ticks])
+        mark(ax, 0, "no difference", "x")
+        ax.set(xlabel="change, %", ylim=(len(claims) - 0.5, -0.5))
+        ax.grid(False, axis="y")
+        ax.set_title({"loss": "held-out loss"}.get(measure, measure), fontsize=16, pad=24)
+    axes[0].set_yticks(range(len(claims)), [words for words, *_ in claims])
+    axes[0].tick_params(axis="y", length=0)
+    handles = [plt.errorbar([], [], xerr=[], capsize=3, label=name, **set_look(data)) for data, name in SETS.items()]
+    handles += [plt.Line2D([], [], linestyle="none", marker=m, color="black", markersize=9, markeredgewidth=2, markerfacecolor=face, label=word)
+                for m, face, word in [("o", "black", "filled: survives Holm"), ("o", "white", "open: does not"), ("x", "black", "the paper's FID")]]
+    fig.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, columnspacing=1.2)
     plt.show()
 
 
-def rungs_picture(rows, column="held_out", scale=1000, ylabel="held-out loss x 1000"):
-    """A curve per seed over the six rungs: own initial values on the left, those of the full model on the right."""
-    fig, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True, sharey="row")
-    for line, data in zip(axes, SETS):
-        for ax, suffix, title in zip(line, ("", ALIKE), ("own initial values", "the full model's")):
-            curves = np.array([by_seed(rows, data, f"rung{i}" + (suffix if i < 6 else ""), column) for i in range(1, 7)])
-            for seed, marker in enumerate("osD"):
-                ax.plot(scale * curves[:, seed], marker=marker, label=f"seed {seed}")
-            ax.set_title(f"{SETS[data]}, {title}", fontsize=15)
-            ax.set_xticks(range(6), [NAMES[f"rung{i}"].removeprefix("+ ") for i in range(1, 7)], rotation=40, ha="right", fontsize=13)
-        line[0].set_ylabel(ylabel)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+def kernel_picture(rows, column="held_out"):
+    """The held-out loss of the dynamic kernel against the focused one, a pair of runs for each seed, with either start."""
+    ax = plt.subplots(figsize=(9, 4.4))[1]
+    for suffix, marker, face, words in [("", "o", PINK, "each its own"), (ALIKE, "D", "white", "the full model's")]:
+        pairs = [[by_seed(rows, data, rung + suffix, column) for rung in ("rung3", "rung2")] for data in SETS]
+        change = np.array([100 * (dynamic / focused - 1) for dynamic, focused in pairs])                 # (sets, seeds)
+        ax.plot([[0, 1, 2], [4, 5, 6]], change, marker, color=PINK, markersize=11, markeredgewidth=2.5, markerfacecolor=face)
+        ax.plot([], [], marker, color=PINK, markersize=11, markeredgewidth=2.5, markerfacecolor=face, label=words)
+    mark(ax, 0, "no difference")
+    ax.set_xticks([0, 1, 2, 4, 5, 6], [f"{name}\nseed {seed}" for name in SETS.values() for seed in range(3)])
+    ax.set(ylabel="held-out loss, change in %", ylim=(-0.6, 3.2), xlim=(-0.6, 7.6), yticks=[0, 1, 2])
+    ax.legend(loc="upper right", title="initial values")
     plt.show()
 
 
 def bands_picture(rows):
     """DyDi-LiT's held-out loss against two Sanas, by the band of timesteps, percent with 95 % intervals."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     for ax, base, title in zip(axes, ("rung1", "sana"), ("Sana of equal width", "Sana of equal cost")):
-        for data, colour, marker, shift in zip(SETS, (ORANGE, BLUE), "os", (-9, 9)):
+        for data, shift in zip(SETS, (-9, 9)):
             logs = np.array([fits(rows, data, f"band{band}")[0].difference("rung6", base)[:2] for band in range(10)])
             low, middle, high = (100 * np.expm1(logs[:, 0] + side * logs[:, 1]) for side in (-1, 0, 1))
-            ax.errorbar(np.arange(50, 1000, 100) + shift, middle, [middle - low, high - middle], marker=marker, color=colour,
-                        linestyle="-", capsize=3, label=SETS[data])
-        ax.axhline(0, color="black", linestyle="-", linewidth=1)
+            ax.errorbar(np.arange(50, 1000, 100) + shift, middle, [middle - low, high - middle], capsize=3, label=SETS[data],
+                        **{**set_look(data), "linestyle": "-"})
         ax.set_title(f"against {title}", fontsize=15)
         ax.set_xlabel("timestep")
         ax.set_xticks(range(0, 1001, 200))
+    mark(axes[0], 0, "")
+    mark(axes[1], 0, "no\ndifference", end=1.03)
     axes[0].set_ylabel("held-out loss, change in %")
-    axes[1].legend()
+    axes[1].legend(loc="lower left")
     plt.show()
 
 
@@ -179,14 +184,17 @@ def per_block(blocks, data, variant, column):
 
 
 def smoothing_picture(blocks, variants):
-    """Row variance and the tokens' cosine after attention, a mark per run: the mean over its blocks, on Fashion."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(variants) + 1.2), sharey=True)
-    for ax, column, label in zip(axes, ("row_variance", "similarity_out"), ("row variance, times N²", "cosine of two tokens after attention")):
-        for i, variant in enumerate(variants.values()):
+    """Row variance and the tokens' cosine after attention, a mark per run: the mean over its blocks, on Fashion.
+
+    variants: {words: (variant, key of LOOKS)}.
+    """
+    _, axes = plt.subplots(1, 2, figsize=(10, 0.46 * len(variants) + 1.2), sharey=True)
+    for ax, column, label in zip(axes, ("row_variance", "similarity_out"), ("row variance × N²", "cosine of two tokens after attention")):
+        for i, (variant, kind) in enumerate(variants.values()):
             found = per_block(blocks, "cifar10", variant, column).mean(0)
-            ax.plot(found, [i] * len(found), "o", color=BLUE if i else ORANGE, linestyle="none", markersize=9)
+            ax.plot(found, [i] * len(found), **{**look(kind, marker=True), "linestyle": "none", "markersize": 10})
         ax.set_xlabel(label)
-    axes[0].set_yticks(range(len(variants)), list(variants), fontsize=14)
+    axes[0].set_yticks(range(len(variants)), list(variants))
     axes[0].set_xticks([0.5, 1, 1.5, 2])
     axes[1].set_xticks([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
@@ -201,24 +209,26 @@ def chosen(routers, data, variant, kind):
 
 
 def banks_picture(routers):
-    """Lambda and gamma that a token gets, by block, the mean and the range of three seeds. Fashion left, shapes right."""
-    colours = {"rung3": PINK, "rung5": ORANGE, "rung6": SKY, "map": GREY}
-    fig, axes = plt.subplots(2, 2, figsize=(11.5, 6.4), sharex=True, sharey="row")
-    for line, (kind, symbol), variants in zip(axes, [("differential", "lambda"), ("kernel", "gamma")],
+    """λ and γ that a token gets, by block, the mean and the range of three seeds. Fashion left, shapes right."""
+    looks = {"rung3": look("dynamic", True, "rung 3, dynamic kernel"), "rung5": look("differential", True, "rung 5, differential"),
+             "rung6": look(WHOLE, True, "rung 6, DyDi-LiT"), "map": dict(color="black", linestyle=":", marker="s", label="map-wise")}
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, sharey="row")
+    for line, (kind, symbol), variants in zip(axes, [("differential", "λ"), ("kernel", "γ")],
                                               [("rung5", "map", "rung6"), ("rung3", "rung5", "rung6")]):
         for ax, data in zip(line, SETS):
             for k, variant in enumerate(variants):
                 found = chosen(routers, data, variant, kind)
                 mean = found.mean(1)
-                ax.errorbar(np.arange(1, len(found) + 1) + 0.05 * (k - 1), mean, [mean - found.min(1), found.max(1) - mean],
-                            marker="osD"[k], color=colours[variant], capsize=3, label=NAMES[variant].removeprefix("+ "))
+                looks[variant]["handle"] = ax.errorbar(
+                    np.arange(1, len(found) + 1) + 0.07 * (k - 1), mean, [mean - found.min(1), found.max(1) - mean], capsize=4,
+                    **{k: v for k, v in looks[variant].items() if k != "handle"})
             ax.set_xticks(range(1, 5))
-        line[0].set_ylabel(symbol)
-        line[1].legend(fontsize=13, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        line[0].set_ylabel(symbol, fontsize=18, rotation=0, labelpad=14)
     for ax, data in zip(axes[0], SETS):
-        ax.set_title(SETS[data], fontsize=15)
+        ax.set_title(SETS[data], fontsize=16)
     for ax in axes[1]:
         ax.set_xlabel("block")
+    fig.legend(handles=[kept["handle"] for kept in looks.values()], loc="outside lower center", ncols=4, frameon=False, fontsize=13)
     plt.show()
 
 
@@ -231,10 +241,11 @@ def smallest_picture(rows, variants=8, most=20):
     """
     n = range(2, most + 1)
     sds = {f"{name}, sd {100 * fit.sd:.1f} %": fit.sd for name, column in MEASURES.items() for fit in fits(rows, "cifar10", column)[:1]}
-    curves(n, {name: [percent(quantile((variants - 1) * (m - 1)) * sd * (2 / m) ** 0.5) for m in n] for name, sd in sds.items()},
-           "seeds", "smallest visible change, %", yscale="log", xticks=[2, 3, 5, 10, 15, 20], yticks=[0.5, 1, 2, 5, 10, 20, 50])
-    plt.axvline(3, color=GREY, linestyle=":", linewidth=1.5)
-    plt.axvline(10, color=GREY, linestyle=":", linewidth=1.5)
+    ax = curves(n, {name: [percent(quantile((variants - 1) * (m - 1)) * sd * (2 / m) ** 0.5) for m in n] for name, sd in sds.items()},
+                "seeds", "smallest visible change, %", markers=False, yscale="log", xticks=[2, 3, 5, 10, 15, 20],
+                yticks=[0.5, 1, 2, 5, 10, 20, 50])
+    mark(ax, 3, "first runs", "x")
+    mark(ax, 10, "plan", "x")
     plt.show()
 
 
@@ -244,13 +255,6 @@ def print_levels(rows, data):
     for variant, name in NAMES.items():
         fid, kid, share, loss = (by_seed(rows, data, variant, c).mean() for c in ("cfg4_FID", "cfg4_KID", "cfg4_recognized", "held_out"))
         print(f"{name:20}{fid:8.1f}{kid:8.2f}{share:12.0%}{1000 * loss:13.2f}")
-
-
-def print_compared(rows, claims, data=("cifar10",), measures=MEASURES):
-    """A line per claim, set and measure: change in percent with its interval."""
-    for (words, d, measure), (estimate, half, _) in compare(rows, claims, measures, data).items():
-        low, middle, high = (signed(percent(estimate + side * half)) for side in (-1, 0, 1))
-        print(f"{words:42}{SETS[d]:9}{measure:6}{middle:>6} %, from {low} to {high}")
 
 
 def print_routers(routers):

@@ -1,0 +1,67 @@
+"""Pictures of notebook 10's experiment: its plan as a board of variants, and what verdict.py found."""
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+from lab.figures import GREY, clear
+from lab.verdict import percent
+
+# The contrasts in plain words: what is compared, and under which circumstances.
+WORDS = {"1": "printed Eq. 8 against mass,\nfull model", "2a": "differential on against off,\nprinted Eq. 8",
+         "2b": "differential on against off,\nmass", "3": "division on against off,\nλ = 0",
+         "4a": "convolution on against off,\nprinted Eq. 8", "4b": "convolution on against off,\nmass",
+         "5": "DyDi-LiT against Sana\nof equal cost", "6": "DyDi-LiT against DiT\nof equal cost"}
+FOUND = {"less": "#a6dcc5", "cannot tell": "#e6e6e6", "more": "#f6b48a"}
+
+
+def board():
+    """The eight variants as boxes, the eight contrasts as arrows that lead from what is compared with to what is judged."""
+    ax = plt.subplots(figsize=(11, 4.9))[1]
+    ax.set(xlim=(-1.75, 9.4), ylim=(-0.75, 4.2), aspect="equal")
+    clear(ax)
+    ax.add_patch(FancyBboxPatch((4.85, -0.25), 2.0, 3.5, boxstyle="round,pad=0,rounding_size=0.2", facecolor="#F4F4F4",
+                                edgecolor=GREY, linestyle="--", linewidth=1.5))
+    ax.text(5.85, -0.55, "the better one", ha="center", va="center", fontsize=14, color="#555555")
+    rows, columns = {"printed\nEq. 8": 2.6, "mass": 0.4}, {"λ held at 0": 0, "differential": 2.9, "differential,\nconvolution": 5.85}
+    for word, y in rows.items():
+        ax.text(-0.85, y, word, ha="right", va="center", fontsize=15)
+    for word, x in columns.items():
+        ax.text(x, 3.8, word, ha="center", va="center", fontsize=15)
+    for x, y, word in [*((x, y, "10 runs") for x in columns.values() for y in rows.values()), (8.6, 2.6, "Sana\n10 runs"), (8.6, 0.4, "DiT\n10 runs")]:
+        ax.add_patch(FancyBboxPatch((x - 0.7, y - 0.4), 1.4, 0.8, boxstyle="round,pad=0,rounding_size=0.1", facecolor="white",
+                                    edgecolor="black", linewidth=2, zorder=2))
+        ax.text(x, y, word, ha="center", va="center", fontsize=14, zorder=3)
+    for name, start, end in [("1", (5.85, 0.8), (5.85, 2.2)), ("2a", (0.7, 2.6), (2.2, 2.6)), ("2b", (0.7, 0.4), (2.2, 0.4)),
+                             ("3", (0, 2.2), (0, 0.8)), ("4a", (3.6, 2.6), (5.15, 2.6)), ("4b", (3.6, 0.4), (5.15, 0.4)),
+                             ("5", (7.9, 2.6), (6.85, 2.0)), ("6", (7.9, 0.4), (6.85, 1.0))]:
+        ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", linewidth=2.2, shrinkA=0, shrinkB=0, mutation_scale=20, color="black"))
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        ax.text(x, y, name, ha="center", va="center", fontsize=15, fontweight="bold",
+                bbox=dict(boxstyle="circle,pad=0.15", facecolor="white", edgecolor="black"), zorder=4)
+    plt.show()
+
+
+def contrasts_picture(table):
+    """verdict.judge()'s table: contrasts in rows, measures in columns, each cell's colour says what was found.
+
+    In a cell are the change and its 95 % interval. A frame: it survives Holm's correction.
+    """
+    asks, measures = (list(dict.fromkeys(line[key] for line in table)) for key in ("asks", "measure"))
+    fig, ax = plt.subplots(figsize=(10, 0.74 * len(asks) + 1.2))
+    for line in table:
+        found = "cannot tell" if abs(line["estimate"]) <= line["half"] else "less" if line["estimate"] < 0 else "more"
+        j, i = measures.index(line["measure"]), asks.index(line["asks"])
+        ax.add_patch(plt.Rectangle((j - 0.48, i - 0.45), 0.96, 0.9, facecolor=FOUND[found],
+                                   edgecolor="black" if line["holm"] < 0.05 else "none", linewidth=2.5))
+        low, middle, high = (f"{percent(line['estimate'] + side * line['half']):+.1f}".replace("-", "−") for side in (-1, 0, 1))
+        ax.text(j - 0.12, i, f"{middle} %", ha="right", va="center", fontsize=17)
+        ax.text(j - 0.06, i, f"{low} to {high}", ha="left", va="center", fontsize=14)
+    ax.set(xlim=(-0.5, len(measures) - 0.5), ylim=(len(asks) - 0.5, -0.5))
+    clear(ax, ticks=True)
+    ax.set_xticks(range(len(measures)), measures, fontsize=16)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.set_yticks(range(len(asks)), [WORDS[ask.split()[0]] for ask in asks], fontsize=14)
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in FOUND.values()]
+    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", linewidth=2.5))
+    fig.legend(handles, [*FOUND, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=14, frameon=False)
+    plt.show()
