@@ -23,8 +23,8 @@ LOOKS = {"softmax": (BLUE, "-", "o"), "ReLU": (GREY, "--", "s"), "focused": (GRE
 LABELS = {"convolution": "whole module"}    # the word in pictures, where it is not the name: attention and convolution together
 # So has in lesson 2 a way to give a router its gradient. What does not learn is grey.
 LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
-          "straight-through": (BLUE, "-", "o"), "whole one-hot": (GREEN, "-.", "D"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
-          "Gumbel": (PINK, ":", "^"), "REINFORCE": (BLACK, (0, (3, 1)), "X"), "soft mixture": (SKY, (0, (8, 3)), "P")}
+          "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
+          "whole one-hot": (GREEN, "-.", "D"), "Gumbel": (PINK, ":", "^"), "REINFORCE": (BLACK, (0, (3, 1)), "X"), "soft mixture": (SKY, (0, (8, 3)), "P")}
 
 plt.rcParams.update({
     "figure.dpi": 110, "figure.figsize": (8, 4.2), "figure.constrained_layout.use": True, "font.size": 14,
@@ -153,8 +153,8 @@ def strip(maps, ex=None, error=True):
         if name in spine.NAMES + spine.TRAINED:
             ax.text(0.5, 1.025, "trained" if name in spine.TRAINED else "not trained", transform=ax.transAxes, ha="center", fontsize=12)
         face, sky, entropy = spine.shares(row, ex)
-        under(ax, ([f"error {errors[name]:.2f}"] if name in errors else []) + [f"face {face:.0%}", f"sky {sky:.1%}", f"entropy {entropy:.2f}"],
-              bold=name in errors)
+        lines_below = [f"face {face:.0%}", f"sky {sky:.1%}", f"entropy {entropy:.2f}"]
+        under(ax, [f"error {errors[name]:.2f}", *lines_below] if name in errors else lines_below, bold=name in errors)
     for ax in panels[len(rows):]:
         ax.set_visible(False)
     lowest = min((len(row) * row.min() / row.abs().sum()).item() for row in rows.values())
@@ -166,7 +166,7 @@ def strip(maps, ex=None, error=True):
 
 def under(ax, lines, bold):
     """Lines of text under a picture, the first of them bold if wanted."""
-    ax.set_xlabel("\n" * len(lines), fontsize=13)      # keeps room for them
+    ax.set_xlabel("\n" * (len(lines) + 1), fontsize=13)   # keeps room for them
     for i, words in enumerate(lines):
         ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
                     fontsize=13, fontweight="bold" if bold and i == 0 else "normal")
@@ -207,11 +207,10 @@ def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, sig
     n = len(maps) + (picture is not None)
     rows, size = math.ceil(n / columns), min(3, 10.8 / columns)
     fig, axes = plt.subplots(rows, min(n, columns), figsize=(size * min(n, columns) + 0.8, (size + 0.1) * rows), squeeze=False)
-    for ax in axes.flat:
-        clear(ax)
-    for ax in axes.flat[n:]:
-        ax.set_visible(False)
     panels = list(axes.flat)
+    for i, ax in enumerate(panels):
+        clear(ax)
+        ax.set_visible(i < n)
     if picture is not None:
         ax = panels.pop(0)
         show_picture(ax, picture, maps[0].shape[0])
@@ -224,7 +223,7 @@ def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, sig
         ax.spines[:].set(visible=True, linewidth=0.8, color="#949494")
         ax.text(-0.1, 0.5, sign, transform=ax.transAxes, ha="center", va="center", fontsize=22)
         box(ax, query)
-        for (i, j), value in np.ndenumerate(array(values) if numbers else np.zeros((0, 0))):
+        for (i, j), value in np.ndenumerate(array(values)) if numbers else []:
             ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=14)
         if not shared:
             fig.colorbar(image, ax=ax, shrink=0.8, label=label).ax.tick_params(labelsize=12)
@@ -362,8 +361,7 @@ def module_diagram(*lit):
 
     s.box("X", 0.5, lanes["K"], "$X$", 0.7)
     for name, y in lanes.items():
-        routed = "'" in name
-        part = "routed projection" if routed else "shared projection"
+        routed, part = "'" in name, "routed projection" if "'" in name else "shared projection"
         s.arrow(part, (0.85, lanes["K"]), (1.2, lanes["K"]), (1.2, y), (1.85, y))
         s.box(part, 2.5, y, weights[name], cards=3 if routed else 1)
         if routed:
@@ -420,16 +418,13 @@ def transformer_diagram(*lit, title=None):
                 ("attention", 5.4, "DyDiLA", 1.15), ("attention", 6.4, "×", 0), ("attention", 7.05, "+", 0), ("AdaLN", 8.0, "AdaLN", 0.95),
                 ("Mix-FFN", 9.1, "Mix-\nFFN", 0.72), ("Mix-FFN", 9.8, "×", 0), ("Mix-FFN", 10.38, "+", 0),
                 ("final layer", 11.5, "AdaLN,\nlinear", 1.2), ("noise", 13.0, "noise,\nvariance", 1.2)]
-    edge = None
-    for part, x, text, width in stations:
-        half = width / 2 or 0.21
-        if edge:
-            s.arrow(part, (edge, y), (x - half, y), colour=BLACK)
-        edge = x + half
+    for before, (part, x, text, width) in zip([None, *stations], stations):
+        if before:
+            s.arrow(part, (before[1] + (before[3] / 2 or 0.21), y), (x - (width / 2 or 0.21), y), colour=BLACK)
         if width:
             s.box(part, x, y, text, width, 0.9, size=13)
         else:
-            s.circle("AdaLN" if text == "×" else part, x, y, f"${text.replace('×', chr(92) + 'times')}$")
+            s.circle("AdaLN" if text == "×" else part, x, y, text)
     for start, x, part in [(3.35, 7.05, "attention"), (7.38, 10.38, "Mix-FFN")]:
         s.arrow(part, (start, y), (start, 0.45), (x, 0.45), (x, y - 0.21), colour=BLACK)
     s.box("condition", 1.3, top, "timestep $t$", 1.7)
