@@ -67,19 +67,19 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
 
 
 def level(ax, words, value, upright=False):
-    """A thin grey line at a value, to compare with. Its words stand over its right end, or at the top of an upright line."""
+    """A thin grey line at a value, to compare with, its words over the right end; those of an upright line over the axes."""
     (ax.axvline if upright else ax.axhline)(value, color=GREY, linestyle="-", linewidth=1, zorder=1)
-    point, across = ((value, 0.98), ax.get_xaxis_transform()) if upright else ((0.995, value), ax.get_yaxis_transform())
-    ax.annotate(words, point, (3 if upright else 0, 2), xycoords=across, textcoords="offset points", fontsize=13, color="#444444",
-                ha="left" if upright else "right", va="top" if upright else "bottom")
+    point, where = ((value, 1), ax.get_xaxis_transform()) if upright else ((0.995, value), ax.get_yaxis_transform())
+    ax.annotate(words, point, (0, 2), xycoords=where, textcoords="offset points", fontsize=13, color="#444444", va="bottom",
+                ha="center" if upright else "right")
 
 
 # ---- The photograph and the strip -----------------------------------------------------------------------------------
 
-# Nothing where the weight is zero, then yellow to red; blue where it is negative.
+# Nothing where the weight is zero, then yellow to red; blue where it is negative. Forty steps, so that pictures stay small.
 HEAT = LinearSegmentedColormap.from_list("heat", [
-    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)), (0.5, (1, 1, 1, 0)), (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)),
-    (1.0, (0.85, 0.0, 0.1, 1.0))])
+    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)), (0.5, (1, 1, 1, 0)),
+    (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)), (1.0, (0.85, 0.0, 0.1, 1.0))], N=40)
 TOP = 10                                    # the strip's scale ends at ten times the even weight
 
 
@@ -87,8 +87,8 @@ def show_picture(ax, picture, side=spine.SIDE, grey=False):
     """The photograph under a map of (side, side) tokens. picture: (3, S, S) in [-1, 1]."""
     pixels = array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1)
     if grey:
-        pixels = (0.35 + 0.6 * pixels.mean(axis=2, keepdims=True)).repeat(3, axis=2)
-    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="bilinear")
+        pixels = (0.35 + 0.05 * (12 * pixels.mean(axis=2, keepdims=True)).round()).repeat(3, axis=2)        # few greys, small files
+    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest" if grey else "bilinear")
     clear(ax)
 
 
@@ -143,7 +143,7 @@ def strip(maps, ex=None, error=True):
     n = len(rows) + 1
     lines = 1 if n < 6 else 2
     columns = math.ceil(n / lines)
-    fig, axes = plt.subplots(lines, columns, figsize=(2.1 * columns + 1.0, (3.5 if errors else 3.3) * lines), squeeze=False)
+    fig, axes = plt.subplots(lines, columns, figsize=(2.1 * columns + 1.0, (3.8 if errors else 3.5) * lines), squeeze=False)
     first, *panels = axes.flat
     show_example(first, ex)
     under(first, ["denoising error"] * bool(errors) + ["share on the face", "share on the sky", "row entropy"], bold=bool(errors))
@@ -166,7 +166,7 @@ def strip(maps, ex=None, error=True):
 
 def under(ax, lines, bold):
     """Lines of text under a picture, the first of them bold if wanted."""
-    ax.set_xlabel("\n" * (len(lines) + 1), fontsize=13)   # keeps room for them
+    ax.set_xlabel("\n" * len(lines), fontsize=13)     # keeps room for them
     for i, words in enumerate(lines):
         ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
                     fontsize=13, fontweight="bold" if bold and i == 0 else "normal")
@@ -254,7 +254,7 @@ def box(ax, query):
 def show_matrices(*lines):
     """Small matrices of numbers, strings such as "=" between them. lines: lists of 2-D tensors and strings."""
     def width(part):
-        return 0.5 + 0.14 * len(part) if isinstance(part, str) else 0.75 * part.shape[1] + 0.3
+        return 0.4 + 0.18 * len(part) if isinstance(part, str) else 0.75 * part.shape[1] + 0.3
 
     heights = [max(len(part) for part in line if not isinstance(part, str)) + 0.6 for line in lines]
     longest = max(sum(width(part) for part in line) for line in lines)
