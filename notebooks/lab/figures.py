@@ -20,6 +20,11 @@ COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, BLACK]
 LOOKS = {"softmax": (BLUE, "-", "o"), "ReLU": (GREY, "--", "s"), "focused": (GREEN, "-.", "D"), "dynamic": (PINK, ":", "^"),
          "differential": (ORANGE, (0, (6, 1, 1, 1)), "v"), "convolution": (SKY, (0, (8, 3)), "P"),
          "projected": (VIOLET, (0, (3, 1)), "X")}
+LABELS = {"convolution": "whole module"}    # the word in pictures, where it is not the name: attention and convolution together
+# So has in lesson 2 a way to give a router its gradient. What does not learn is grey.
+LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
+          "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
+          "whole one-hot": (GREEN, "-.", "D"), "Gumbel": (PINK, ":", "^"), "REINFORCE": (BLACK, (0, (3, 1)), "X"), "soft mixture": (SKY, (0, (8, 3)), "P")}
 
 plt.rcParams.update({
     "figure.dpi": 110, "figure.figsize": (8, 4.2), "figure.constrained_layout.use": True, "font.size": 14,
@@ -31,7 +36,7 @@ plt.rcParams.update({
 def look(name, marker=False, label=None):
     """Keywords for ax.plot: colour, line style and label (marker too) of a kind of attention. name: a key of LOOKS."""
     colour, line, symbol = LOOKS[name]
-    return dict(color=colour, linestyle=line, label=label or name, **({"marker": symbol} if marker else {}))
+    return dict(color=colour, linestyle=line, label=label or LABELS.get(name, name), **({"marker": symbol} if marker else {}))
 
 
 def array(x):
@@ -39,10 +44,11 @@ def array(x):
     return np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, dtype=np.float64)
 
 
-def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=None, **settings):
+def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=None, levels=None, **settings):
     """Lines of {name: values} over x with the names' looks, and as many labelled ticks as asked for.
 
-    xticks, yticks: the numbers to label. settings: what ax.set takes (xscale="log", ylim=...). Returns the axes.
+    xticks, yticks: the numbers to label. levels: {words: value} for level(). settings: what ax.set takes (xscale="log",
+    ylim=...). Returns the axes. A legend only where there are two lines to tell apart.
     """
     ax = ax or plt.subplots()[1]
     for name, values in ys.items():
@@ -50,18 +56,30 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
     ax.set(xlabel=xlabel, ylabel=ylabel, **settings)
     for axis, ticks in [(ax.xaxis, xticks), (ax.yaxis, yticks)]:
         if ticks is not None:
-            axis.set_ticks(list(ticks), [f"{tick:g}" for tick in ticks])
+            powers = axis.get_scale() == "log" and (min(ticks) < 1e-3 or max(ticks) > 1e4)
+            axis.set_ticks(list(ticks), [f"$10^{{{math.log10(tick):.0f}}}$" if powers else f"{tick:g}" for tick in ticks])
             axis.set_ticks([], minor=True)
-    ax.legend()
+    for words, value in (levels or {}).items():
+        level(ax, words, value)
+    if len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend()
     return ax
+
+
+def level(ax, words, value, upright=False):
+    """A thin grey line at a value, to compare with, its words over the right end; those of an upright line over the axes."""
+    (ax.axvline if upright else ax.axhline)(value, color=GREY, linestyle="-", linewidth=1, zorder=1)
+    point, where = ((value, 1), ax.get_xaxis_transform()) if upright else ((0.995, value), ax.get_yaxis_transform())
+    ax.annotate(words, point, (0, 2), xycoords=where, textcoords="offset points", fontsize=13, color="#444444", va="bottom",
+                ha="center" if upright else "right")
 
 
 # ---- The photograph and the strip -----------------------------------------------------------------------------------
 
-# Nothing where the weight is zero, then yellow to red; blue where it is negative.
+# Nothing where the weight is zero, then yellow to red; blue where it is negative. Forty steps, so that pictures stay small.
 HEAT = LinearSegmentedColormap.from_list("heat", [
-    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)), (0.5, (1, 1, 1, 0)), (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)),
-    (1.0, (0.85, 0.0, 0.1, 1.0))])
+    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)), (0.5, (1, 1, 1, 0)),
+    (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)), (1.0, (0.85, 0.0, 0.1, 1.0))], N=40)
 TOP = 10                                    # the strip's scale ends at ten times the even weight
 
 
@@ -69,16 +87,17 @@ def show_picture(ax, picture, side=spine.SIDE, grey=False):
     """The photograph under a map of (side, side) tokens. picture: (3, S, S) in [-1, 1]."""
     pixels = array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1)
     if grey:
-        pixels = (0.35 + 0.6 * pixels.mean(axis=2, keepdims=True)).repeat(3, axis=2)
-    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="bilinear")
+        pixels = (0.35 + 0.05 * (12 * pixels.mean(axis=2, keepdims=True)).round()).repeat(3, axis=2)        # few greys, small files
+    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest" if grey else "bilinear")
     clear(ax)
 
 
 def outline(ax, mask, colour, side=spine.SIDE):
-    """A line around the tokens of a mask. mask: (side^2,) bool."""
+    """A line, edged with black, around the tokens of a mask. mask: (side^2,) bool."""
     fine = np.kron(array(mask).reshape(side, side), np.ones((16, 16)))
     axis = (np.arange(16 * side) + 0.5) / 16 - 0.5
-    ax.contour(axis, axis, fine, levels=[0.5], colors=[colour], linewidths=2, linestyles="-")
+    for edge, width in [(BLACK, 4), (colour, 2)]:
+        ax.contour(axis, axis, fine, levels=[0.5], colors=[edge], linewidths=width, linestyles="-")
 
 
 def draw_map(ax, row, ex, top=TOP):
@@ -97,8 +116,8 @@ def show_map(row, title, ex=None, top=TOP):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3))
     show_example(left, ex)
     image = draw_map(right, row, ex, top)
-    right.set_title(title)
-    bar = fig.colorbar(image, ax=right, shrink=0.9, extend="max", label="weight × N")
+    right.set_title(title, fontsize=14)
+    bar = fig.colorbar(image, ax=right, shrink=0.9, extend="max", label="weight × N (1 = even)")
     bar.ax.set_ylim(-top if row.min() < 0 else 0, top)
     plt.show()
 
@@ -109,29 +128,48 @@ def show_example(ax, ex):
     outline(ax, ex.face, "#FFD700")
     outline(ax, ex.sky, "white")
     box(ax, divmod(ex.query, spine.SIDE))
-    ax.set_title("query, face, sky", fontsize=14)
+    ax.set_title("query (red), face\n(yellow), sky (white)", fontsize=13)
 
 
-def strip(maps, ex=None):
-    """The example's query in each of {name: map}: small pictures on one colour scale, under each the three numbers.
+def strip(maps, ex=None, error=True):
+    """The example's query in each of {name: map}: small pictures on one colour scale, under each its numbers.
 
-    Shares and entropy are of |weight|, divided by its sum. maps: {name: (256, 256) or (256,)}; see attention_maps().
+    The first is the denoising error, of names that example.py knows; error=False leaves it out. Shares and entropy are
+    of |weight|, divided by its sum. maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on.
     """
     ex = ex or spine.example()
     rows = {name: m[ex.query] if m.dim() == 2 else m for name, m in maps.items()}
-    fig, axes = plt.subplots(1, len(rows) + 1, figsize=(2.0 * len(rows) + 2.9, 2.95))
-    show_example(axes[0], ex)
-    axes[0].set_xlabel("share on the face\nshare on the sky\nrow entropy", fontsize=13)
-    for ax, (name, row) in zip(axes[1:], rows.items()):
+    errors = {name: spine.denoising_error(name, ex.seed) for name in rows if error and name in spine.NAMES + spine.TRAINED}
+    n = len(rows) + 1
+    lines = 1 if n < 6 else 2
+    columns = math.ceil(n / lines)
+    fig, axes = plt.subplots(lines, columns, figsize=(2.1 * columns + 1.0, (3.8 if errors else 3.5) * lines), squeeze=False)
+    first, *panels = axes.flat
+    show_example(first, ex)
+    under(first, ["denoising error"] * bool(errors) + ["share on the face", "share on the sky", "row entropy"], bold=bool(errors))
+    for ax, (name, row) in zip(panels, rows.items()):
         image = draw_map(ax, row, ex)
-        ax.set_title(name, fontsize=14, color=LOOKS[name][0] if name in LOOKS else BLACK, fontweight="bold")
+        ax.set_title(LABELS.get(name, name), fontsize=14, color=LOOKS[name][0] if name in LOOKS else BLACK, fontweight="bold", pad=20)
+        if name in spine.NAMES + spine.TRAINED:
+            ax.text(0.5, 1.025, "trained" if name in spine.TRAINED else "not trained", transform=ax.transAxes, ha="center", fontsize=12)
         face, sky, entropy = spine.shares(row, ex)
-        ax.set_xlabel(f"{face:.0%}\n{sky:.1%}\n{entropy:.2f}", fontsize=13)
-    negative = any(row.min() < 0 for row in rows.values())
-    bar = fig.colorbar(image, ax=axes, shrink=0.8, aspect=12, pad=0.01, ticks=range(-TOP, TOP + 1, 5), extend="max")
-    bar.ax.set_ylim(-TOP if negative else 0, TOP)
-    bar.set_label("weight × N", fontsize=13)
+        lines_below = [f"face {face:.0%}", f"sky {sky:.1%}", f"entropy {entropy:.2f}"]
+        under(ax, [f"error {errors[name]:.2f}", *lines_below] if name in errors else lines_below, bold=name in errors)
+    for ax in panels[len(rows):]:
+        ax.set_visible(False)
+    lowest = min((len(row) * row.min() / row.abs().sum()).item() for row in rows.values())
+    bar = fig.colorbar(image, ax=axes, shrink=0.75, aspect=12 * lines, pad=0.01, ticks=range(-TOP, TOP + 1, 5), extend="max")
+    bar.ax.set_ylim(max(-TOP, 5 * math.floor(lowest / 5)), TOP)
+    bar.set_label("weight × N (1 = even)", fontsize=13)
     plt.show()
+
+
+def under(ax, lines, bold):
+    """Lines of text under a picture, the first of them bold if wanted."""
+    ax.set_xlabel("\n" * len(lines), fontsize=13)     # keeps room for them
+    for i, words in enumerate(lines):
+        ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
+                    fontsize=13, fontweight="bold" if bold and i == 0 else "normal")
 
 
 # ---- Grids of pictures and maps -------------------------------------------------------------------------------------
@@ -160,29 +198,40 @@ def show_images(images, rows=None, columns=None, title=None, width=0.9, handle=N
         handle.update(fig)
 
 
-def show_maps(maps, titles, query=None, picture=None, columns=4, **imshow):
-    """Heat maps side by side; each has its own scale unless vmin and vmax are given. The query token is boxed in all.
+def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, signs=(), numbers=None, **imshow):
+    """Heat maps side by side. With vmin and vmax they share one colour bar, else each has its own scale.
 
-    maps: list of (side, side), or of any matrices; query: (row, column); picture: (3, S, S) in [-1, 1].
+    maps: list of (side, side), or of any matrices; query: (row, column), boxed in all; picture: (3, S, S) in [-1, 1];
+    label: of the bar; signs: what stands before each map, such as "+"; numbers: a format such as "{:.2f}" for the cells.
     """
     n = len(maps) + (picture is not None)
-    rows = math.ceil(n / columns)
-    fig, axes = plt.subplots(rows, min(n, columns), figsize=(3 * min(n, columns), 2.7 * rows), squeeze=False)
-    for ax in axes.flat:
+    rows, size = math.ceil(n / columns), min(3, 10.8 / columns)
+    fig, axes = plt.subplots(rows, min(n, columns), figsize=(size * min(n, columns) + 0.8, (size + 0.1) * rows), squeeze=False)
+    panels = list(axes.flat)
+    for i, ax in enumerate(panels):
         clear(ax)
-    axes = list(axes.flat)
-    for ax in axes[n:]:
-        ax.set_visible(False)
+        ax.set_visible(i < n)
     if picture is not None:
-        ax = axes.pop(0)
+        ax = panels.pop(0)
         show_picture(ax, picture, maps[0].shape[0])
-        ax.set_title("picture and query", fontsize=13)
+        ax.set_title("picture and query", fontsize=14)
         box(ax, query)
-    for ax, values, title in zip(axes, maps, titles):
+    shared = "vmin" in imshow and "vmax" in imshow
+    for ax, values, title, sign in zip(panels, maps, titles, [*signs, *[""] * len(maps)]):
         image = ax.imshow(array(values), interpolation="nearest", **imshow)
-        ax.set_title(title, fontsize=13)
+        ax.set_title(title, fontsize=14)
+        ax.spines[:].set(visible=True, linewidth=0.8, color="#949494")
+        ax.text(-0.1, 0.5, sign, transform=ax.transAxes, ha="center", va="center", fontsize=22)
         box(ax, query)
-        fig.colorbar(image, ax=ax, shrink=0.8).ax.tick_params(labelsize=11)
+        for (i, j), value in np.ndenumerate(array(values)) if numbers else []:
+            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=14)
+        if not shared:
+            fig.colorbar(image, ax=ax, shrink=0.8, label=label).ax.tick_params(labelsize=12)
+    if shared:
+        finite = np.concatenate([array(values)[np.isfinite(array(values))] for values in maps])
+        low, high = finite.min() < imshow["vmin"], finite.max() > imshow["vmax"]
+        fig.colorbar(image, ax=axes, shrink=0.8, label=label, pad=0.02,
+                     extend="both" if low and high else "min" if low else "max" if high else "neither")
     plt.show()
 
 
@@ -202,25 +251,47 @@ def box(ax, query):
             ax.add_patch(Rectangle((query[1] - 0.5, query[0] - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width))
 
 
-def show_matrices(*parts):
-    """Small matrices of numbers side by side, strings such as "=" between them. parts: 2-D tensors and strings."""
-    widths = [0.5 + 0.14 * len(p) if isinstance(p, str) else 0.75 * p.shape[1] + 0.3 for p in parts]
-    height = max(0 if isinstance(p, str) else len(p) for p in parts)
-    fig, ax = plt.subplots(figsize=(sum(widths) * 0.8, height * 0.5 + 0.3))
-    x = 0.0
-    for part, width in zip(parts, widths):
-        if isinstance(part, str):
-            ax.text(x + width / 2, 0, part, ha="center", va="center", fontsize=18)
-        else:
-            rows, columns = part.shape
-            for i in range(rows):
-                for j in range(columns):
-                    ax.text(x + 0.5 + 0.75 * j, (rows - 1) / 2 - i, f"{part[i, j].item():g}", ha="center", va="center", fontsize=15)
-            for edge, inward in [(x + 0.08, 0.12), (x + width - 0.05, -0.12)]:
-                ax.plot([edge + inward, edge, edge, edge + inward], np.array([-1, -1, 1, 1]) * rows / 2, color=BLACK,
-                        linestyle="-", linewidth=1.5)
-        x += width
-    ax.set(xlim=(0, x), ylim=(-height / 2 - 0.1, height / 2 + 0.1))
+def show_matrices(*lines):
+    """Small matrices of numbers, strings such as "=" between them. lines: lists of 2-D tensors and strings."""
+    def width(part):
+        return 0.4 + 0.18 * len(part) if isinstance(part, str) else 0.75 * part.shape[1] + 0.3
+
+    heights = [max(len(part) for part in line if not isinstance(part, str)) + 0.6 for line in lines]
+    longest = max(sum(width(part) for part in line) for line in lines)
+    _, ax = plt.subplots(figsize=(0.8 * longest, 0.5 * sum(heights)))
+    for line, y in zip(lines, np.cumsum(heights) - np.array(heights) / 2):
+        x = 0.0
+        for part in line:
+            if isinstance(part, str):
+                ax.text(x + width(part) / 2, y, part, ha="center", va="center", fontsize=18)
+            else:
+                for (i, j), number in np.ndenumerate(array(part)):
+                    ax.text(x + 0.5 + 0.75 * j, y - (len(part) - 1) / 2 + i, f"{number:g}", ha="center", va="center", fontsize=15)
+                for edge, inward in [(x + 0.08, 0.12), (x + width(part) - 0.05, -0.12)]:
+                    ax.plot([edge + inward, edge, edge, edge + inward], y + np.array([-1, -1, 1, 1]) * len(part) / 2, color=BLACK,
+                            linestyle="-", linewidth=1.5)
+            x += width(part)
+    ax.set(xlim=(0, longest), ylim=(sum(heights), 0))
+    clear(ax)
+    plt.show()
+
+
+def show_products(*lines):
+    """Products of matrices as rectangles, all to one scale. lines: lists of (words, rows, columns, colour) and strings."""
+    _, ax = plt.subplots(figsize=(10.5, 6))
+    heights = [max(part[1] for part in line if not isinstance(part, str)) for line in lines]
+    y, gap = 0, max(heights) / 9
+    for line, height in zip(lines, heights):
+        x = 0
+        for part in line:
+            words, rows, columns, colour = (part, 0, gap * (1 + 0.35 * len(part)), None) if isinstance(part, str) else part
+            if colour:
+                ax.add_patch(Rectangle((x, y + (height - rows) / 2), columns, rows, facecolor=colour, edgecolor=BLACK, linewidth=1.5))
+            ax.text(x + columns / 2, y + height / 2, words, ha="center", va="center", fontsize=16 if colour else 22)
+            x += columns
+        y += height + 2 * gap
+    ax.autoscale_view()
+    ax.set(aspect="equal", ylim=(y - 1.5 * gap, -gap / 2))
     clear(ax)
     plt.show()
 
@@ -229,139 +300,142 @@ def show_matrices(*parts):
 
 PARTS = {"X": BLACK, "shared projection": BLACK, "routed projection": VIOLET, "kernel": PINK, "differential": ORANGE,
          "attention": BLUE, "convolution": SKY, "output": BLACK}
+DIM, DIM_TEXT = "#949494", "#767676"        # what is not lit; still to be read on a wall
 
 
 class Sketch:
-    """Boxes and arrows; what is not lit is grey."""
+    """Boxes and arrows on a figure 11 inches wide; what is not lit is grey and lies below what is."""
 
     def __init__(self, width, height, lit, colours):
         unknown = set(lit) - set(colours)
         if unknown:
             raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(colours)}")
         self.lit, self.colours = set(lit or colours), colours
-        _, self.ax = plt.subplots(figsize=(width, height))
+        _, self.ax = plt.subplots(figsize=(11, 11 * height / width))
         self.ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
         clear(self.ax)
 
     def colour(self, part):
-        return self.colours[part] if part in self.lit else "#B8B8B8"
+        return self.colours[part] if part in self.lit else DIM
 
     def box(self, part, x, y, text, width=1.3, height=0.62, cards=1, size=14):
-        """A box centred at (x, y); several cards for a bank."""
+        """A box centred at (x, y). Several cards are a bank, of which the front card was chosen."""
         colour, on = self.colour(part), part in self.lit
         face = tuple(1 - (0.08 if colour == BLACK else 0.22) * (1 - c) for c in to_rgb(colour)) if on else (0.97, 0.97, 0.97)
         for card in reversed(range(cards)):
-            shift = 0.07 * card
+            shift = 0.06 * card
             self.ax.add_patch(FancyBboxPatch(
-                (x - width / 2 + shift, y - height / 2 + shift), width, height, boxstyle="round,pad=0,rounding_size=0.1",
-                facecolor=face, edgecolor=colour, linewidth=2.4 if on else 1.2, zorder=3 - 0.1 * card))
-        self.ax.text(x, y, text, ha="center", va="center", fontsize=size, color=BLACK if on else "#999999", zorder=4)
+                (x - width / 2 + shift, y - height / 2 + shift), width, height, boxstyle="round,pad=0,rounding_size=0.08",
+                facecolor="white" if card else face, edgecolor=colour, linewidth=2.2 if on else 1.2, zorder=3 - 0.1 * card))
+        self.note(part, x, y, text, fontsize=size)
 
     def circle(self, part, x, y, text):
         colour, on = self.colour(part), part in self.lit
         self.ax.add_patch(plt.Circle((x, y), 0.21, facecolor="white", edgecolor=colour, linewidth=2.2 if on else 1.2, zorder=3))
         self.ax.text(x, y - 0.01, text, ha="center", va="center", fontsize=17, color=colour, zorder=4)
 
-    def arrow(self, part, *points, label=None, head=True, shift=(0, 0.13)):
-        """A line through the points that ends in a head; the label stands over its first stretch."""
-        colour, width = self.colour(part), 2 if part in self.lit else 1.2
-        xs, ys = zip(*points)
-        self.ax.plot(xs[:-1], ys[:-1], color=colour, linewidth=width, linestyle="-", zorder=2, solid_joinstyle="round")
-        self.ax.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>" if head else "-", mutation_scale=15,
-                                          color=colour, linewidth=width, shrinkA=0, shrinkB=0, zorder=2))
-        if label:
-            x, y = (points[0][0] + points[1][0]) / 2 + shift[0], (points[0][1] + points[1][1]) / 2 + shift[1]
-            self.ax.text(x, y, label, ha="center", va="bottom", fontsize=14, color=BLACK if part in self.lit else "#999999")
+    def arrow(self, part, *points, head=True, colour=None):
+        """A line through the points that ends in a head. colour: another than the part's, where it is lit."""
+        on = part in self.lit
+        settings = dict(color=colour if colour and on else self.colour(part), linewidth=2 if on else 1.2, zorder=2.2 if on else 2)
+        self.ax.plot(*zip(*points[:-1]), linestyle="-", solid_joinstyle="round", **settings)
+        self.ax.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>" if head else "-", mutation_scale=14,
+                                          shrinkA=0, shrinkB=0, **settings))
 
-    def note(self, part, x, y, text, **text_settings):
-        self.ax.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 13, "color": self.colour(part),
-                                    **text_settings})
+    def note(self, part, x, y, text, **settings):
+        """Words at (x, y), black where the part is lit."""
+        self.ax.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 14, "zorder": 4,
+                                    "color": BLACK if part in self.lit else DIM_TEXT, **settings})
 
 
 def module_diagram(*lit):
-    """Fig. 2(b), the DyDiLA module, with the named PARTS lit; all of them without a name."""
-    s = Sketch(12.4, 5.7, lit, PARTS)
-    lanes = {"Q": 4.75, "Q'": 3.85, "K": 2.7, "K'": 1.8, "V": 0.5}
-    s.box("X", 0.55, 2.7, "$X$", 0.7)
+    """Fig. 2(b), the DyDiLA module, with the named PARTS lit; all of them without a name. R: routers, cards: banks."""
+    s = Sketch(12.4, 6.5, lit, PARTS)
+    lanes = {"Q": 5.35, "Q'": 4.2, "K": 2.95, "K'": 1.8, "V": 0.45}
+    weights = {"Q": "$W_0^Q$", "Q'": "$W_{u}^Q$", "K": "$W_0^K$", "K'": "$W_{v}^K$", "V": "$W_0^V$"}
+
+    def router(part, x, y, start):
+        """A small R below the box at (x, y), which hears the token that passes by at x = start."""
+        s.box(part, x - 0.25, y - 0.47, "$R$", 0.36, 0.32, size=12)
+        s.arrow(part, (start, y), (start, y - 0.47), (x - 0.43, y - 0.47))
+
+    s.box("X", 0.5, lanes["K"], "$X$", 0.7)
     for name, y in lanes.items():
-        routed = "'" in name
-        part = "routed projection" if routed else "shared projection"
-        s.arrow(part, (0.9, 2.7), (1.35, 2.7), (1.35, y), (1.85, y))
-        s.box(part, 2.5, y, {"Q": "$W_0^Q$", "K": "$W_0^K$", "V": "$W_0^V$", "Q'": "$W_{u}^Q$", "K'": "$W_{v}^K$"}[name],
-              cards=3 if routed else 1)
+        routed, part = "'" in name, "routed projection" if "'" in name else "shared projection"
+        s.arrow(part, (0.85, lanes["K"]), (1.2, lanes["K"]), (1.2, y), (1.85, y))
+        s.box(part, 2.5, y, weights[name], cards=3 if routed else 1)
+        if routed:
+            router(part, 2.5, y, 1.5)
         if name != "V":
-            s.arrow(part, (3.35 if routed else 3.15, y), (4.1, y), label=f"${name}$", shift=(0.06, 0.02))
-            s.box("kernel", 4.65, y, r"$\phi_{f}$", 1.1, cards=3)
-    for y, symbol in [(4.75, "Q"), (2.7, "K")]:
-        s.arrow("kernel", (5.4, y), (6.59, y), label=rf"$\tilde {symbol}$", shift=(0, 0.02))
-        s.arrow("kernel", (5.4, y - 0.9), (6.8, y - 0.9), (6.8, y - 0.21))
-        s.note("kernel", 5.9, y - 0.66, rf"$\tilde {symbol}'$", fontsize=14, color=BLACK if "kernel" in s.lit else "#999999")
-        s.note("differential", 7.12, y - 0.48, rf"$\lambda^{symbol}$", fontsize=15)
-        s.circle("differential", 6.8, y, "$-$")
-        s.arrow("differential", (7.01, y), (7.75, y), (7.75, 3.95 if symbol == "Q" else 3.45), (8.1, 3.95 if symbol == "Q" else 3.45))
-    s.box("attention", 9.0, 3.7, "linear attention\n$Q\\,(K^T V)$", 1.8, 1.2, size=13)
-    s.arrow("attention", (3.15, 0.5), (3.4, 0.5), (3.4, 1.0), (9.0, 1.0), (9.0, 3.1))
-    s.arrow("convolution", (3.15, 0.5), (6.0, 0.5))
-    s.note("shared projection", 3.62, 0.75, "$V$", fontsize=14, color=BLACK if "shared projection" in s.lit else "#999999")
-    s.box("convolution", 6.8, 0.5, "DWC 3×3", 1.6)
-    s.arrow("attention", (9.9, 3.7), (10.54, 3.7))
-    s.arrow("convolution", (7.6, 0.5), (10.75, 0.5), (10.75, 3.49))
-    s.circle("output", 10.75, 3.7, "$+$")
-    s.arrow("output", (10.96, 3.7), (11.2, 3.7))
-    s.box("output", 11.7, 3.7, "$W^O$", 0.95)
-    for x, part, text in [(2.5, "routed projection", "projection"), (4.65, "kernel", "measure kernel"),
-                          (6.8, "differential", "differential")]:
-        on = part in s.lit or part == "routed projection" and "shared projection" in s.lit
-        s.note(part, x, 5.45, text, fontsize=13, color=s.colour(part if part in s.lit else "shared projection") if on else "#999999")
+            s.arrow(part, (3.27 if routed else 3.15, y), (4.2, y))
+            s.note(part, 3.52, y + 0.19, f"${name}$")
+            s.box("kernel", 4.75, y, r"$\phi_{f}$", 1.1, cards=3)
+            router("kernel", 4.75, y, 3.9)
+    last = "differential" if "differential" in s.lit else "attention"
+    for symbol, end in [("Q", 4.1), ("K", 3.5)]:
+        y, below = lanes[symbol], lanes[symbol + "'"]
+        middle = (y + below) / 2 - 0.1
+        s.arrow("kernel", (5.42, y), (6.99, y))
+        s.arrow("kernel", (5.42, below), (7.2, below), head=False)
+        s.note("kernel", 5.72, y + 0.22, rf"$\tilde {symbol}$")
+        s.note("kernel", 5.72, below + 0.22, rf"$\tilde {symbol}'$")
+        for start in (y, below):
+            s.arrow("differential", (6.05, start), (6.05, middle), (6.42, middle))
+        s.box("differential", 6.6, middle, "$R$", 0.36, 0.32, size=12)
+        s.arrow("differential", (7.2, below), (7.2, y - 0.21))
+        s.box("differential", 7.2, middle, rf"$\times\lambda^{symbol}$", 0.84, 0.44, cards=3)
+        s.circle("differential", 7.2, y, "$-$")
+        s.arrow(last, (7.41, y), (8.05, y), (8.05, end), (8.4, end))
+    s.box("attention", 9.3, 3.8, "linear attention\n$Q\\,(K^T V)$", 1.8, 1.2, size=13)
+    s.arrow("attention", (3.15, 0.45), (3.4, 0.45), (3.4, 1.0), (9.3, 1.0), (9.3, 3.2))
+    s.arrow("convolution", (3.15, 0.45), (6.3, 0.45))
+    s.note("shared projection", 3.62, 0.72, "$V$")
+    s.box("convolution", 7.1, 0.45, "DWC 3×3", 1.6)
+    s.arrow("attention", (10.2, 3.8), (10.64, 3.8))
+    s.arrow("convolution", (7.9, 0.45), (10.85, 0.45), (10.85, 3.59))
+    s.circle("output", 10.85, 3.8, "$+$")
+    s.arrow("output", (11.06, 3.8), (11.3, 3.8))
+    s.box("output", 11.78, 3.8, "$W^O$", 0.95)
+    for x, part, text in [(2.5, "routed projection", "projection"), (4.75, "kernel", "measure kernel"), (7.0, "differential", "differential")]:
+        s.note(part, x, 6.25, text, color=s.colour(part) if part in s.lit else DIM_TEXT)
     plt.show()
 
 
-SHELL = {"latent": BLACK, "patches": GREEN, "condition": VIOLET, "AdaLN": VIOLET, "attention": BLUE, "Mix-FFN": ORANGE,
-         "final layer": GREEN, "noise": BLACK}
+BROWN = "#8C510A"
+SHELL = {"latent": BLACK, "patches": BLACK, "condition": BROWN, "AdaLN": BROWN, "attention": SKY, "Mix-FFN": BLACK,
+         "final layer": BLACK, "noise": BLACK}
 
 
-def transformer_diagram(*lit):
-    """Fig. 2(a), the transformer, with the named parts of SHELL lit; all of them without a name."""
-    s = Sketch(12.4, 4.0, lit, SHELL)
-    y = 1.2
-    s.ax.add_patch(FancyBboxPatch((3.35, 0.15), 5.7, 2.3, boxstyle="round,pad=0,rounding_size=0.15", facecolor="#FAFAFA",
+def transformer_diagram(*lit, title=None):
+    """Fig. 2(a), the transformer, with the named parts of SHELL lit; all without a name. The tokens' path is black."""
+    s = Sketch(13.7, 4.1, lit, SHELL)
+    y, bus, top = 1.2, 2.8, 3.5
+    s.ax.set_title(title)
+    s.ax.add_patch(FancyBboxPatch((3.2, 0.15), 7.4, 2.3, boxstyle="round,pad=0,rounding_size=0.15", facecolor="#FAFAFA",
                                   edgecolor="#888888", linewidth=1.5, linestyle="--", zorder=0))
-    s.ax.text(5.15, 2.15, "one of L blocks", ha="center", va="center", fontsize=13, color="#555555")
-    s.box("latent", 0.62, y, "noisy\nlatent", 1.0, 0.95)
-    s.arrow("patches", (1.12, y), (1.5, y))
-    s.box("patches", 2.2, y, "patches\n+ positions", 1.4, 0.95)
-    s.arrow("AdaLN", (2.9, y), (3.6, y))
-    stations = [(4.1, "AdaLN", "AdaLN", 1.0), (5.35, "attention", "DyDiLA", 1.15), (7.05, "AdaLN", "AdaLN", 1.0),
-                (8.05, "Mix-FFN", "Mix-\nFFN", 0.72)]
-    for x, part, text, width in stations:
-        s.box(part, x, y, text, width, 0.8, size=13)
-    s.arrow("attention", (4.6, y), (4.775, y), head=False)
-    s.arrow("attention", (5.925, y), (6.0, y), head=False)
-    for x, start, part in [(6.2, 3.45, "attention"), (8.72, 6.47, "Mix-FFN")]:
-        s.circle(part, x, y, "$+$")
-        s.arrow(part, (start, y), (start, 0.45), (x, 0.45), (x, y - 0.21))
-    s.arrow("AdaLN", (6.41, y), (6.55, y), head=False)
-    s.arrow("Mix-FFN", (7.55, y), (7.69, y), head=False)
-    s.arrow("Mix-FFN", (8.41, y), (8.51, y), head=False)
-    s.arrow("final layer", (8.93, y), (9.3, y))
-    s.box("final layer", 10.0, y, "AdaLN,\nlinear", 1.35, 0.95)
-    s.arrow("noise", (10.68, y), (11.05, y))
-    s.box("noise", 11.65, y, "noise,\nvariance", 1.2, 0.95)
-    s.box("condition", 1.4, 3.45, "timestep $t$", 1.6)
-    s.box("condition", 3.25, 3.45, "class $y$", 1.4)
-    s.circle("condition", 4.6, 3.45, "$+$")
-    s.arrow("condition", (3.95, 3.45), (4.39, 3.45))
-    s.ax.plot([1.4, 1.4, 4.6], [3.76, 3.97, 3.97], color=s.colour("condition"), linewidth=2 if "condition" in s.lit else 1.2,
-              linestyle="-")
-    s.arrow("condition", (4.6, 3.97), (4.6, 3.66))
-    s.note("condition", 4.95, 3.45, "$c$ sets shift, scale and gate of every block", ha="left", fontsize=13,
-           color=BLACK if "condition" in s.lit else "#999999")
-    s.ax.plot([4.6, 4.6], [3.24, 2.8], color=s.colour("AdaLN"), linewidth=2 if "AdaLN" in s.lit else 1.2, linestyle="-")
-    s.ax.plot([4.1, 10.0], [2.8, 2.8], color=s.colour("AdaLN"), linewidth=2 if "AdaLN" in s.lit else 1.2, linestyle="-")
-    for x, end in [(4.1, y + 0.4), (7.05, y + 0.4), (10.0, y + 0.475)]:
-        s.arrow("AdaLN", (x, 2.8), (x, end))
-    for x, part in [(6.2, "attention"), (8.72, "Mix-FFN")]:
-        s.arrow("AdaLN", (x, 2.8), (x, y + 0.21))
+    s.ax.text(5.25, 2.15, "one of L blocks", ha="center", va="center", fontsize=13, color="#555555")
+    stations = [("latent", 0.62, "noisy\nlatent", 1.1), ("patches", 2.2, "patches\n+ positions", 1.5), ("AdaLN", 4.0, "AdaLN", 1.0),
+                ("attention", 5.4, "DyDiLA", 1.15), ("attention", 6.4, "×", 0), ("attention", 7.05, "+", 0), ("AdaLN", 8.0, "AdaLN", 0.95),
+                ("Mix-FFN", 9.1, "Mix-\nFFN", 0.72), ("Mix-FFN", 9.8, "×", 0), ("Mix-FFN", 10.38, "+", 0),
+                ("final layer", 11.5, "AdaLN,\nlinear", 1.2), ("noise", 13.0, "noise,\nvariance", 1.2)]
+    for before, (part, x, text, width) in zip([None, *stations], stations):
+        if before:
+            s.arrow(part, (before[1] + (before[3] / 2 or 0.21), y), (x - (width / 2 or 0.21), y), colour=BLACK)
+        if width:
+            s.box(part, x, y, text, width, 0.9, size=13)
+        else:
+            s.circle("AdaLN" if text == "×" else part, x, y, text)
+    for start, x, part in [(3.35, 7.05, "attention"), (7.38, 10.38, "Mix-FFN")]:
+        s.arrow(part, (start, y), (start, 0.45), (x, 0.45), (x, y - 0.21), colour=BLACK)
+    s.box("condition", 1.3, top, "timestep $t$", 1.7)
+    s.box("condition", 3.1, top, "class $y$", 1.4)
+    s.circle("condition", 4.5, top, "$+$")
+    s.arrow("condition", (3.8, top), (4.29, top))
+    s.arrow("condition", (1.3, top + 0.31), (1.3, top + 0.5), (4.5, top + 0.5), (4.5, top + 0.21))
+    s.note("condition", 4.85, top, "$c$ sets shift, scale and gate (×) of every block", ha="left")
+    s.arrow("AdaLN", (4.5, top - 0.21), (4.5, bus), head=False)
+    for x, height in [(4.0, 0.45), (6.4, 0.21), (8.0, 0.45), (9.8, 0.21), (11.5, 0.45)]:
+        s.arrow("AdaLN", (4.5, bus), (x, bus), (x, y + height))
     plt.show()
 
 
@@ -407,19 +481,22 @@ def show_choices(choices, names, ex=None, photograph=True):
         ax.imshow(array(index).reshape(spine.SIDE, spine.SIDE), cmap=ListedColormap(CHOICES[:len(names)]), vmin=-0.5,
                   vmax=len(names) - 0.5, interpolation="nearest")
         clear(ax)
-        outline(ax, ex.face, BLACK)
+        outline(ax, ex.face, "#FFD700")
         outline(ax, ex.sky, "white")
         box(ax, divmod(ex.query, spine.SIDE))
         ax.set_title(title, fontsize=14)
         load = torch.bincount(index.flatten(), minlength=len(names)) / index.numel()
-        ax.set_xlabel("  ".join(f"{share:.0%}" for share in load.tolist()), fontsize=13)
+        ax.set_xlabel("\n\n", fontsize=13)  # keeps room for what comes
+        for i, (share, colour) in enumerate(zip(load.tolist(), CHOICES)):
+            ax.text((i + 0.5) / len(names), -0.05, f"{share:.0%}", transform=ax.transAxes, ha="center", va="top", fontsize=14,
+                    bbox=dict(facecolor=colour, edgecolor="none", boxstyle="round,pad=0.25"))
     fig.legend(handles=[Patch(facecolor=colour, label=name) for colour, name in zip(CHOICES, names)],
-               loc="outside lower center", ncols=len(names), fontsize=13, frameon=False)
+               loc="outside lower center", ncols=len(names), fontsize=14, frameon=False)
     plt.show()
 
 
 def show_cones(router, extent=2.0):
-    """The plane, coloured by what a router (a Router of width 2) chooses there, its columns as arrows."""
+    """The plane, coloured by what a router (a Router of width 2) chooses there, its columns as arrows, counted from 1."""
     axis = torch.linspace(-extent, extent, 401)
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)                      # (401, 401, 2)
     columns = array(router.weight)
@@ -429,7 +506,7 @@ def show_cones(router, extent=2.0):
     for i, (x, y) in enumerate(columns):
         ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=BLACK, linewidth=2, shrinkA=0, shrinkB=0))
         length = (x * x + y * y) ** 0.5
-        ax.text(x + 0.18 * x / length, y + 0.18 * y / length, i, ha="center", va="center", fontsize=17)
+        ax.text(x + 0.18 * x / length, y + 0.18 * y / length, i + 1, ha="center", va="center", fontsize=17)
     ax.set(xlabel="first entry of the token", ylabel="second entry of the token", aspect="equal",
            xticks=range(-2, 3), yticks=range(-2, 3))
     ax.grid(False)
@@ -460,18 +537,20 @@ def bands(x, runs, xlabel, ylabel, ax=None, **settings):
         line.set_marker("")
         ax.fill_between(array(x), array(values).min(axis=0), array(values).max(axis=0), color=line.get_color(), alpha=0.15,
                         linewidth=0)
-    ax.legend()
+    ax.legend()                             # once more, without the markers
     return ax
 
 
-def show_arrows(fans):
-    """Arrows from the origin in the first quadrant, one panel for each of {title: (n, 2)}; arrow i has the same colour in all."""
+def show_arrows(fans, low=0.0):
+    """Arrows from the origin, a panel for each of {title: (n, 2)}, axes from low to 1; arrow i has one colour in all."""
     _, axes = plt.subplots(1, len(fans), figsize=(3.7 * len(fans), 3.9), sharey=True)
     for ax, (title, arrows) in zip(axes, fans.items()):
         for (x, y), colour in zip(array(arrows), plt.cm.plasma(np.linspace(0, 0.85, len(arrows)))):
             ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=0, shrinkB=0))
-        ax.set(xlim=(0, 1.1), ylim=(0, 1.1), aspect="equal", xlabel="first entry", title=title, xticks=[0, 0.5, 1],
-               yticks=[0, 0.5, 1])
+        for line in (ax.axhline, ax.axvline):
+            line(0, color=GREY, linestyle="-", linewidth=1, zorder=1)
+        ax.set(xlim=(1.1 * low, 1.1), ylim=(1.1 * low, 1.1), aspect="equal", xlabel="first entry", title=title,
+               xticks=np.arange(low, 1.1, 0.5), yticks=np.arange(low, 1.1, 0.5))
     axes[0].set_ylabel("second entry")
     plt.show()
 
