@@ -95,7 +95,7 @@ def course_module(kind, *arguments):
 def small_strip(maps, *names):
     """figures.strip() of the maps with these names, with fewer pixels: this lesson has many."""
     with plt.rc_context({"figure.dpi": 90}):
-        figures.strip({name: maps[name] for name in names})
+        figures.strip({name: maps[name] for name in names}, error=False)
 
 
 def processor_ms(functions, repeats):

@@ -1,15 +1,16 @@
 """The analysis of the experiments of notebooks 10 and 11, as it was fixed before their runs were made.
 
-    python notebooks/lab/verdict.py notebooks/results/verdict.csv                   notebook 10's
-    python notebooks/lab/verdict.py neighbours notebooks/results/neighbours.csv     notebook 11's
+    python notebooks/lab/verdict.py notebooks/results/verdict/runs.csv                notebook 10's
+    python notebooks/lab/verdict.py neighbours notebooks/results/verdict/runs.csv     notebook 11's
 
-The file is the runs.csv of the notebook's command. Prints the table of contrasts, and of notebook 10's what the rule says.
+Prints the table of contrasts, and of notebook 10's what the rule says. Before all runs are there it only counts them.
 """
 import csv
 import functools
 import math
 import pathlib
 import sys
+import textwrap
 
 import numpy as np
 
@@ -159,7 +160,7 @@ def complete(rows, variants, seeds):
     print(f"{len(rows)} of {len(variants) * len(seeds)} runs, commit " + ", ".join(sorted({row["commit"] for row in rows})))
     missing = [variant for variant in variants if sum(row["variant"] == variant for row in rows) < len(seeds)]
     if missing:
-        print("The table would be premature, runs are missing: " + ", ".join(missing))
+        print(textwrap.fill("The table would be premature, runs are missing: " + ", ".join(missing), 100))
     return not missing
 
 
@@ -173,18 +174,22 @@ def print_table(table):
 
 
 def show(rows):
-    """Notebook 10's: which runs there are, the contrasts, and what the rule says of the default."""
-    if complete(rows, VARIANTS, SEEDS):
-        print_table(table := judge(rows))
-        worse = printed_is_worse(table)
-        print(f"\nThe printed Eq. 8 is {'worse than' if worse else 'not shown to be worse than'} mass. "
-              + ("mass stays the default." if worse else "It becomes the default if it was stable, too."))
+    """Notebook 10's: which runs there are, the contrasts, and what the rule says of the default. Returns judge's table."""
+    if not complete(rows, VARIANTS, SEEDS):
+        return None
+    print_table(table := judge(rows))
+    worse = printed_is_worse(table)
+    print(f"\nThe printed Eq. 8 is {'worse than' if worse else 'not shown to be worse than'} mass. "
+          + ("mass stays the default." if worse else "It becomes the default if it was stable, too."))
+    return table
 
 
 def show_neighbours(rows):
-    """Notebook 11's: which runs there are, and the contrasts."""
-    if complete(rows, BESIDE, BESIDE_SEEDS):
-        print_table(judge_neighbours(rows))
+    """Notebook 11's: which runs there are, and the contrasts. Returns judge_neighbours' table."""
+    if not complete(rows, BESIDE, BESIDE_SEEDS):
+        return None
+    print_table(table := judge_neighbours(rows))
+    return table
 
 
 def read(path):
