@@ -42,14 +42,14 @@ def race(x, ys, xlabel, ylabel, **settings):
     return curves(x, {}, xlabel, ylabel, ax=ax, **settings)
 
 
-def bars(parts, xlabel, labels=(None,), colours=(SKY, ORANGE), form="{:.0%}", width=9.0, base=0, loc="lower right"):
+def bars(parts, xlabel, labels=(None,), colours=(SKY, ORANGE), form="{:.0%}", width=9.0, base=0, ax=None, loc="lower right"):
     """Horizontal bars of {name: number, or one number per label}, the number at the end of each. Returns the axes.
 
     They begin at `base`. If that is not 0, the axis is logarithmic and they lead to either side of it.
     """
     rows = {name: np.atleast_1d(values) for name, values in parts.items()}
     n, every = len(labels), np.array(list(rows.values()))
-    ax = plt.subplots(figsize=(width, 0.9 + (0.26 + 0.26 * n) * len(rows)))[1]
+    ax = ax or plt.subplots(figsize=(width, 0.9 + (0.26 + 0.26 * n) * len(rows)))[1]
     for j, label in enumerate(labels):
         y = np.arange(len(rows)) + (j - (n - 1) / 2) * 0.8 / n
         ax.barh(y, every[:, j] - base, left=base, height=0.72 / n, label=label, edgecolor="white", hatch="//" if n > 1 and j == 0 else None,

@@ -5,7 +5,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from lab.figures import BLUE, CHOICES, GREEN, GREY, ORANGE, array, box, clear, show_picture
+from lab.figures import BLUE, CHOICES, GREY, ORANGE, array, box, clear, show_picture
 
 WORDS = ["projector 1", "projector 2", "projector 3"]
 
@@ -135,7 +135,7 @@ def show_spread(groups, ylabel, xlabels):
     for i, (name, places) in enumerate(groups.items()):
         low, middle, high = np.array([np.quantile(array(values), [0.1, 0.5, 0.9]) for values in places]).T
         x = np.arange(len(places)) + 0.16 * (i - (len(groups) - 1) / 2)
-        ax.errorbar(x, middle, [middle - low, high - middle], fmt="osD^v"[i], color=(ORANGE, GREEN)[i], label=name, capsize=5, linewidth=2.2, markersize=9)
+        ax.errorbar(x, middle, [middle - low, high - middle], fmt="osD^v"[i], color=(BLUE, ORANGE)[i], label=name, capsize=5, linewidth=2.2, markersize=9)
     ax.set(xticks=range(len(xlabels)), xticklabels=xlabels, ylabel=ylabel, ylim=(0, None))
     ax.legend()
     plt.show()
