@@ -16,8 +16,7 @@ from matplotlib import pyplot as plt
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 from lab import example, figures, verdict  # noqa: E402
 from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VIOLET  # noqa: E402
-
-RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
+from lab.first_runs import RESULTS  # noqa: E402, F401
 
 # The eight systems with their looks, and what ladder.py calls them.
 LOOKS = {"DiT": (BLUE, "-", "o"), "PixArt-Sigma": (SKY, "--", "s"), "MoH-DiT": (BLACK, ":", "^"), "Sana": (GREY, "--", "D"),

@@ -4,26 +4,10 @@ import numpy as np
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import PercentFormatter
 
-from lab.figures import BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PINK, SKY, VIOLET, array, clear, curves, look
+from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VIOLET, array, clear, curves, look
 
-WHOLE = next(name for name, (colour, *_) in LOOKS.items() if colour == SKY)         # what LOOKS calls the whole module
 CLASS_COLOURS = [BLUE, BLACK, ORANGE, GREEN, PINK, VIOLET, SKY, GREY, "#C79A00", "#8C564B"]
-KINDS = {"DiT": "softmax", "softmax": "softmax", "Sana": "ReLU", "ReLU": "ReLU", "DyDi": WHOLE}
-
-
-def mark(ax, value, words, axis="y", end=1.0):
-    """A thin grey line at a value of an axis, with words at one end of it.
-
-    Words on a level line stand on it, left (end=0), right (1) or beside the panel (more); on an upright one, above the panel.
-    """
-    if axis == "y":
-        ax.axhline(value, color=GREY, linestyle="-", linewidth=1.3, zorder=1)
-        ax.annotate(words, (end, value), (0, 0 if end > 1 else 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    fontsize=13, ha="right" if 0.5 < end <= 1 else "left", va="center" if end > 1 else "bottom", color="#555555")
-    else:
-        ax.axvline(value, color=GREY, linestyle="-", linewidth=1.3, zorder=1)
-        ax.annotate(words, (value, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=13,
-                    ha="center", va="bottom", color="#555555")
+KINDS = {"DiT": "softmax", "softmax": "softmax", "Sana": "ReLU", "ReLU": "ReLU", "DyDi": "convolution"}
 
 
 def race(x, ys, xlabel, ylabel, **settings):
@@ -37,7 +21,7 @@ def race(x, ys, xlabel, ylabel, **settings):
         variant = dict(linestyle=":", color=ORANGE) if "paper" in name else {}
         if "stored" in name:
             variant = dict(linestyle=":", fillstyle="none")
-        width = 4 if kind == WHOLE and not variant else 2.2
+        width = 4 if kind == "convolution" and not variant else 2.2
         ax.plot(array(x), array(values), **{**look(kind, marker=True, label=name), "linewidth": width, **variant})
     return curves(x, {}, xlabel, ylabel, ax=ax, **settings)
 

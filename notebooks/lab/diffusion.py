@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import dydilit
-from lab.charts import mark                     # for the lesson, with the rest
 from lab.figures import BLACK, BLUE, GREEN, ORANGE, PINK, array, clear, curves
 
 REACH = 2.7                                 # the plane is drawn from -REACH to REACH
@@ -147,9 +146,8 @@ def lines(x, ys, xlabel, ylabel, **settings):
     """curves() without markers, for many points, and without a legend for a single line. Returns the axes."""
     ax = curves(x, ys, xlabel, ylabel, **settings)
     plt.setp(ax.lines, marker="None")
-    ax.legend()
-    if len(ys) == 1:
-        ax.get_legend().remove()
+    if len(ys) > 1:
+        ax.legend()
     return ax
 
 

@@ -66,12 +66,16 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
     return ax
 
 
-def level(ax, words, value, upright=False):
-    """A thin grey line at a value, to compare with, its words over the right end; those of an upright line over the axes."""
+def level(ax, words, value, upright=False, end=0.995):
+    """A thin grey line at a value, to compare with, and its words; those of an upright line stand over the axes.
+
+    end: where the words of a level line stand, from 0, over its left end, to 1, over its right end; more is beside the axes.
+    """
     (ax.axvline if upright else ax.axhline)(value, color=GREY, linestyle="-", linewidth=1, zorder=1)
-    point, where = ((value, 1), ax.get_xaxis_transform()) if upright else ((0.995, value), ax.get_yaxis_transform())
-    ax.annotate(words, point, (0, 2), xycoords=where, textcoords="offset points", fontsize=13, color="#444444", va="bottom",
-                ha="center" if upright else "right")
+    point, where = ((value, 1), ax.get_xaxis_transform()) if upright else ((end, value), ax.get_yaxis_transform())
+    beside = not upright and end > 1
+    ax.annotate(words, point, (0, 0 if beside else 2), xycoords=where, textcoords="offset points", fontsize=13, color="#444444",
+                va="center" if beside else "bottom", ha="center" if upright else "right" if 0.5 < end <= 1 else "left")
 
 
 # ---- The photograph and the strip -----------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import dydilit
-from lab.charts import WHOLE, mark
-from lab.figures import BLUE, ORANGE, PINK, curves, look
+from lab.figures import BLUE, ORANGE, PINK, curves, level, look
 from lab.verdict import TwoWay, holm, percent, quantile
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -129,7 +128,7 @@ def claims_picture(rows, claims):
         steps = next(steps for width, steps in TICKS.items() if high - low > width)
         ticks = [t for t in steps if low < np.log1p(t / 100) < high]
         ax.set_xticks(np.log1p(np.array(ticks) / 100), [f"{t:+}".replace("+0", "0").replace("-", "−") for t in ticks])
-        mark(ax, 0, "no difference", "x")
+        level(ax, "no difference", 0, upright=True)
         ax.set(xlabel="change, %", ylim=(len(claims) - 0.5, -0.5))
         ax.grid(False, axis="y")
         ax.set_title({"loss": "held-out loss"}.get(measure, measure), fontsize=16, pad=24)
@@ -150,7 +149,7 @@ def kernel_picture(rows, column="held_out"):
         change = np.array([100 * (dynamic / focused - 1) for dynamic, focused in pairs])                 # (sets, seeds)
         ax.plot([[0, 1, 2], [4, 5, 6]], change, marker, color=PINK, markersize=11, markeredgewidth=2.5, markerfacecolor=face)
         ax.plot([], [], marker, color=PINK, markersize=11, markeredgewidth=2.5, markerfacecolor=face, label=words)
-    mark(ax, 0, "no difference")
+    level(ax, "no difference", 0)
     ax.set_xticks([0, 1, 2, 4, 5, 6], [f"{name}\nseed {seed}" for name in SETS.values() for seed in range(3)])
     ax.set(ylabel="held-out loss, change in %", ylim=(-0.6, 3.2), xlim=(-0.6, 7.6), yticks=[0, 1, 2])
     ax.legend(loc="upper right", title="initial values")
@@ -169,8 +168,8 @@ def bands_picture(rows):
         ax.set_title(f"against {title}", fontsize=15)
         ax.set_xlabel("timestep")
         ax.set_xticks(range(0, 1001, 200))
-    mark(axes[0], 0, "")
-    mark(axes[1], 0, "no\ndifference", end=1.03)
+    level(axes[0], "", 0)
+    level(axes[1], "no\ndifference", 0, end=1.03)
     axes[0].set_ylabel("held-out loss, change in %")
     axes[1].legend(loc="lower left")
     plt.show()
@@ -211,7 +210,8 @@ def chosen(routers, data, variant, kind):
 def banks_picture(routers):
     """λ and γ that a token gets, by block, the mean and the range of three seeds. Fashion left, shapes right."""
     looks = {"rung3": look("dynamic", True, "rung 3, dynamic kernel"), "rung5": look("differential", True, "rung 5, differential"),
-             "rung6": look(WHOLE, True, "rung 6, DyDi-LiT"), "map": dict(color="black", linestyle=":", marker="s", label="map-wise")}
+             "rung6": look("convolution", True, "rung 6, DyDi-LiT"), "map": dict(color="black", linestyle=":", marker="s", label="map-wise")}
+    handles = {}
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, sharey="row")
     for line, (kind, symbol), variants in zip(axes, [("differential", "λ"), ("kernel", "γ")],
                                               [("rung5", "map", "rung6"), ("rung3", "rung5", "rung6")]):
@@ -219,16 +219,15 @@ def banks_picture(routers):
             for k, variant in enumerate(variants):
                 found = chosen(routers, data, variant, kind)
                 mean = found.mean(1)
-                looks[variant]["handle"] = ax.errorbar(
-                    np.arange(1, len(found) + 1) + 0.07 * (k - 1), mean, [mean - found.min(1), found.max(1) - mean], capsize=4,
-                    **{k: v for k, v in looks[variant].items() if k != "handle"})
+                handles[variant] = ax.errorbar(np.arange(1, len(found) + 1) + 0.07 * (k - 1), mean, [mean - found.min(1), found.max(1) - mean],
+                                               capsize=4, **looks[variant])
             ax.set_xticks(range(1, 5))
         line[0].set_ylabel(symbol, fontsize=18, rotation=0, labelpad=14)
     for ax, data in zip(axes[0], SETS):
         ax.set_title(SETS[data], fontsize=16)
     for ax in axes[1]:
         ax.set_xlabel("block")
-    fig.legend(handles=[kept["handle"] for kept in looks.values()], loc="outside lower center", ncols=4, frameon=False, fontsize=13)
+    fig.legend(handles=[handles[variant] for variant in looks], loc="outside lower center", ncols=4, frameon=False, fontsize=13)
     plt.show()
 
 
@@ -244,8 +243,8 @@ def smallest_picture(rows, variants=8, most=20):
     ax = curves(n, {name: [percent(quantile((variants - 1) * (m - 1)) * sd * (2 / m) ** 0.5) for m in n] for name, sd in sds.items()},
                 "seeds", "smallest visible change, %", markers=False, yscale="log", xticks=[2, 3, 5, 10, 15, 20],
                 yticks=[0.5, 1, 2, 5, 10, 20, 50])
-    mark(ax, 3, "first runs", "x")
-    mark(ax, 10, "plan", "x")
+    level(ax, "first runs", 3, upright=True)
+    level(ax, "plan", 10, upright=True)
     plt.show()
 
 
