@@ -6,6 +6,7 @@ Prints, per seed and normalizer, the loss on held-out images with fixed noise an
 "differenced" is Eq. 4's denominator over the *differenced* tokens: the library does not offer it, and this shows why.
 """
 import argparse
+import math
 import pathlib
 import sys
 
@@ -29,6 +30,28 @@ class Differenced(dydilit.TokenDifferential):
         return dydilit.attention_product(q, k, v) / torch.where(mass.abs() < 1e-6, 1e-6, mass)
 
 
+def steps_of(model, data, steps, batch, lr, seed=0, skip=0, autocast=False):
+    """Trains on the images after the first `skip`. Returns the loss of each step and the largest gradient norm.
+
+    autocast: in BF16. A norm that is not finite makes the largest one infinite.
+    """
+    optimizer, device = torch.optim.AdamW(model.parameters(), lr, weight_decay=0), model.pos_embed.device
+    diffusion, losses, largest = dydilit.GaussianDiffusion().to(device), [], 0.0
+    for step in tqdm(range(steps), leave=False):
+        torch.manual_seed(seed * 2 ** 32 + step)
+        index = skip + train.batch_indices(len(data.labels) - skip, batch, step, seed)
+        x, y = data.batch(index, torch.rand(batch) < 0.5)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = diffusion.losses(model, x.to(device), y.to(device))["loss"].mean()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+        largest = max(largest, norm) if math.isfinite(norm) else math.inf
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, largest
+
+
 def run(data, normalizer, seed, steps):
     torch.manual_seed(seed)
     stands_for = "none" if normalizer == "differenced" else normalizer
@@ -36,17 +59,8 @@ def run(data, normalizer, seed, steps):
     if normalizer == "differenced":
         for block in model.blocks:
             block.attn.differential.__class__ = Differenced
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0)
-    diffusion, largest, held_out = dydilit.GaussianDiffusion(), 0.0, 1024
-    for step in tqdm(range(steps), desc=normalizer, leave=False):
-        torch.manual_seed(seed * 2 ** 32 + step)
-        index = held_out + train.batch_indices(len(data.labels) - held_out, BATCH, step, seed)
-        x, y = data.batch(index, torch.rand(BATCH) < 0.5)
-        diffusion.losses(model, x, y)["loss"].mean().backward()
-        largest = max(largest, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()
-                                                              if p.grad is not None]).item())
-        optimizer.step()
-        optimizer.zero_grad()
+    diffusion, held_out = dydilit.GaussianDiffusion(), 1024
+    _, largest = steps_of(model, data, steps, BATCH, 3e-4, seed, skip=held_out)
     model.eval()
     torch.manual_seed(0)
     losses = []

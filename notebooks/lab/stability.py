@@ -14,30 +14,11 @@ import pathlib
 import sys
 
 import torch
-from tqdm.auto import tqdm
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
-
-
-def steps_of(model, data, n, batch, dtype, seed=0):
-    """Trains for n steps. Returns the mean loss of the last 50 and the largest gradient norm."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
-    diffusion, device = dydilit.GaussianDiffusion().to(model.pos_embed.device), model.pos_embed.device
-    losses, largest = [], 0.0
-    for step in tqdm(range(n), leave=False):
-        torch.manual_seed(seed * 2 ** 32 + step)
-        x, y = data.batch(train.batch_indices(len(data.labels), batch, step, seed), torch.rand(batch) < 0.5)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss = diffusion.losses(model, x.to(device), y.to(device))["loss"].mean()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        losses.append(loss.item())
-        largest = max(largest, norm.item()) if math.isfinite(norm) else math.inf
-        optimizer.step()
-        optimizer.zero_grad()
-    return sum(losses[-50:]) / len(losses[-50:]), largest
+from lab.normalizers import steps_of  # noqa: E402
 
 
 @torch.no_grad()
@@ -67,7 +48,8 @@ def main():
         for name, dtype, steps in [("DyDi-LiT-S/2", torch.float32, args.steps[0]), (slow, torch.bfloat16, args.steps[1])]:
             torch.manual_seed(0)
             model = dydilit.build_model(name, normalizer=normalizer, **data.model_shape()).to(device)
-            found = [*steps_of(model, data, steps, 8, dtype), largest_output(model, model.pos_embed.shape[1], dtype),
+            losses, norm = steps_of(model, data, steps, 8, 1e-4, autocast=dtype is torch.bfloat16)
+            found = [sum(losses[-50:]) / len(losses[-50:]), norm, largest_output(model, model.pos_embed.shape[1], dtype),
                      largest_output(model, 16_384, dtype)]
             print(normalizer, name, str(dtype)[6:], steps, *(f"{number:.4g}" for number in found),
                   all(map(math.isfinite, found)), sep=",", flush=True)
