@@ -1,10 +1,12 @@
 """The analysis of the experiments of notebooks 10 and 11 against closed forms and numbers made by hand."""
+import argparse
 import math
 
 import matplotlib
+import numpy as np
 import pytest
 
-from lab import ladder, plan, verdict
+from lab import common, ladder, plan, verdict
 
 matplotlib.use("agg")                       # draws without a screen
 
@@ -135,6 +137,32 @@ def test_the_picture_has_a_cell_for_each_line_and_a_frame_for_what_survives(monk
     assert len(ax.patches) == len(table) == 16
     assert len(framed) == sum(line["holm"] < 0.05 for line in table) == 6       # contrasts 1, 4a and 6
     assert {text.get_text() for text in ax.get_yticklabels()} == set(plan.WORDS.values())
+
+
+def test_samples_come_with_their_nearest_training_pictures(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    training, labels = rng.integers(0, 256, (5000, 8, 8, 3), dtype=np.uint8), np.repeat(np.arange(10), 3)
+    images = {}
+    for i, variant in enumerate(plan.SHOWN.values()):       # every sample is a training picture, nearly, the second mirrored
+        images[variant] = training[30 * i:30 * (i + 1)].copy()
+        images[variant][3] = images[variant][3, :, ::-1]
+        images[variant] ^= 1
+        run = tmp_path / f"{variant.replace(':', '-')}-7-{verdict.SEEDS[0]}"
+        run.mkdir()
+        np.savez(run / f"samples-cfg{ladder.RECIPE}-30-20.npz", arr_0=images[variant], arr_1=labels)
+    monkeypatch.setattr(common, "cifar10", lambda folder: argparse.Namespace(images=training))
+    plan.keep_samples(tmp_path, "somewhere", tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as file:
+        kept, found = file["images"], file["nearest"]
+    assert kept.shape == found.shape == (4, 10, 8, 8, 3)
+    for i, variant in enumerate(plan.SHOWN.values()):
+        assert (kept[i] == images[variant][::3]).all() and (found[i] ^ 1 == kept[i]).all()
+    shown = []
+    monkeypatch.setattr(plan.plt, "show", lambda: shown.append(plan.plt.gcf()))
+    plan.show_samples(tmp_path / "samples.npz")
+    ax, = shown[0].axes
+    plan.plt.close(shown[0])
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(plan.SHOWN)
 
 
 def test_the_variants_are_those_of_the_ladder():

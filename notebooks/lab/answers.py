@@ -14,7 +14,7 @@ import torch.nn as nn
 from matplotlib import pyplot as plt
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-from lab import example, figures, verdict  # noqa: E402
+from lab import example, figures, plan, verdict  # noqa: E402
 from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VIOLET  # noqa: E402
 from lab.first_runs import RESULTS  # noqa: E402, F401
 
@@ -162,14 +162,8 @@ def show_runs(rows):
 
 
 def keep_samples(folder, out):
-    """A sample of each class and system, of the first seed at the recipe's guidance, from ladder.py's folder of the data."""
-    from lab import ladder, measures
-    pictures = []
-    for variant in VARIANTS.values():
-        pattern = f"{variant.replace(':', '-')}-*-{verdict.BESIDE_SEEDS[0]}/samples-cfg{ladder.RECIPE}-*.npz"
-        images, labels = measures.load_npz(next(pathlib.Path(folder).glob(pattern)))
-        pictures.append(images[[np.flatnonzero(labels == c)[0] for c in np.unique(labels)]])
-    np.savez_compressed(out, images=np.stack(pictures), names=np.array(list(VARIANTS)))
+    """A sample of each class and system, of the first seed, from ladder.py's folder of the data."""
+    np.savez_compressed(out, images=plan.first_samples(folder, VARIANTS.values(), verdict.BESIDE_SEEDS[0]), names=list(VARIANTS))
 
 
 def show_samples(path):

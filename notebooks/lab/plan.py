@@ -1,9 +1,22 @@
-"""Pictures of notebook 10's experiment: its plan as a board of variants, and what verdict.py found."""
+"""Pictures of notebook 10's experiment: its plan as a board of variants, what verdict.py found, and samples.
+
+    python notebooks/lab/plan.py runs/verdict/cifar10-DyDi-LiT-XS-4 DIR notebooks/results/verdict/samples.npz
+
+After the runs, this keeps a sample of each class from four of the systems, and the training picture nearest to each. DIR
+has the training pictures, as files in CIFAR-10's layout.
+"""
+import pathlib
+import sys
+
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib.patches import FancyBboxPatch
 
-from lab.figures import GREY, clear
-from lab.verdict import contrasts, percent
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+from lab import figures, verdict  # noqa: E402
+from lab.figures import GREY, clear  # noqa: E402
+from lab.verdict import contrasts, percent  # noqa: E402
 
 # The contrasts' numbers and words.
 WORDS = {ask[:2].strip(): ask[3:].replace(", ", ",\n") for ask in contrasts("")}
@@ -62,3 +75,54 @@ def contrasts_picture(table):
     handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", linewidth=2.5))
     fig.legend(handles, [*FOUND, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=14, frameon=False)
     plt.show()
+
+
+# ---- Samples --------------------------------------------------------------------------------------------------------
+
+SHOWN = {"Sana": "sana", "DiT": "dit", "rung 5": verdict.OURS.replace("rung6", "rung5"), "DyDi-LiT": verdict.OURS}
+
+
+def first_samples(folder, variants, seed):
+    """A sample of each class and variant, (variants, classes, H, W, 3) uint8, from ladder.py's folder of the data.
+
+    They are those of the recipe's guidance. In a column, all come from the same noise.
+    """
+    from lab import ladder, measures
+    rows = []
+    for variant in variants:
+        pattern = f"{variant.replace(':', '-')}-*-{seed}/samples-cfg{ladder.RECIPE}-*.npz"
+        images, labels = measures.load_npz(next(pathlib.Path(folder).glob(pattern)))
+        rows.append(images[[np.flatnonzero(labels == c)[0] for c in np.unique(labels)]])
+    return np.stack(rows)
+
+
+def nearest(images, training):
+    """The training picture with the least squared difference to each image, mirrored or not. All uint8, (..., H, W, 3)."""
+    both = np.concatenate([training, training[:, :, ::-1]])
+    wanted = torch.from_numpy(images).float().flatten(0, -4).flatten(1)
+    parts = np.array_split(both, 1 + len(both) // 2000)     # all at once would take gigabytes
+    distances = [torch.cdist(wanted, torch.from_numpy(part).float().flatten(1)) for part in parts]
+    return both[torch.cat(distances, dim=1).argmin(dim=1)].reshape(images.shape)
+
+
+def keep_samples(folder, data_dir, out):
+    """Writes the samples of SHOWN, of the first seed, and their nearest training pictures."""
+    from lab import common
+    images = first_samples(folder, SHOWN.values(), verdict.SEEDS[0])
+    np.savez_compressed(out, images=images, nearest=nearest(images, common.cifar10(data_dir).images), names=list(SHOWN))
+
+
+def show_samples(path):
+    """What keep_samples kept, a row per system, with the nearest training pictures on the right."""
+    with np.load(path) as file:
+        left, right, names = (file[key] for key in ("images", "nearest", "names"))
+    grid = np.concatenate([left, np.full_like(left[:, :1], 255), right], axis=1)
+    words = [""] * grid.shape[1]
+    words[left.shape[1] // 2], words[-right.shape[1] // 2] = "samples", "nearest training pictures"
+    figures.show_images(torch.from_numpy(grid).permute(0, 1, 4, 2, 3) / 127.5 - 1, list(names), words, width=0.52)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    keep_samples(*sys.argv[1:])
