@@ -224,13 +224,12 @@ def map_differential(q, q_red, k, k_red, v, lambda_map):
 class TokenDifferential(nn.Module):
     """Eq. 7-8. Each query and each key picks a factor lambda, and attention uses the differences.
 
-    paradigm="map" is Eq. 10, where only the queries pick a factor. Eq. 8 divides by nothing, and
-    that is normalizer="none". Ours: "length" divides by N, "rms" sets each output token's root mean
-    square to 1, and the default "mass" divides by Eq. 4's denominator of Q and K (floored_mass)."""
+    Eq. 8 divides by nothing. We divide by Eq. 4's denominator of Q and K, see floored_mass, so that
+    the output does not grow with N. paradigm="map" is Eq. 10, where only queries pick a factor."""
 
-    def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token", normalizer="mass"):
+    def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token"):
         super().__init__()
-        self.paradigm, self.normalizer = paradigm, normalizer
+        self.paradigm = paradigm
         self.lambdas = nn.Parameter(torch.full((n_lambdas,), float(lambda_init)))
         self.router_q = Router(2 * dim, n_lambdas)
         self.router_k = Router(2 * dim, n_lambdas) if paradigm == "token" else None
@@ -244,13 +243,7 @@ class TokenDifferential(nn.Module):
             out = token_differential(q, q_red, k, k_red, v, lambda_q, lambda_k)
         else:
             out = map_differential(q, q_red, k, k_red, v, lambda_q)
-        if self.normalizer == "mass":
-            out = out / self.floored_mass(q, k, q_red, k_red, lambda_q, lambda_k)
-        elif self.normalizer == "length":
-            out = out / q.shape[-2]
-        elif self.normalizer == "rms":
-            out = F.rms_norm(out, out.shape[-1:], eps=EPS)
-        return merge_heads(out)
+        return merge_heads(out / self.floored_mass(q, k, q_red, k_red, lambda_q, lambda_k))
 
     def choose(self, router, x, x_red):
         """Eq. 7. x, x_red: (B, N, d). Returns each token's factor, (B, 1, N, 1) for all heads."""
@@ -331,7 +324,6 @@ class ModelConfig:
     kernel: str = "dynamic"             # "relu": Sana; "focused": Eq. 5; "dynamic": Eq. 6
     dynamic_projection: bool = True     # Eq. 1-2, for Q', K'; without a differential for Q, K
     differential: str = "token"         # "none"; "token": Eq. 8; "map": Eq. 10
-    normalizer: str = "mass"            # of the differential, see TokenDifferential
     dwc: bool = True                    # the convolution on V, Eq. 9
     n_projectors: int = 3               # n_P
     n_gammas: int = 9                   # n_F
@@ -342,7 +334,7 @@ class ModelConfig:
     def __post_init__(self):
         choices = dict(attention=("softmax", "linear"), kernel=("relu", "focused", "dynamic"),
                        differential=("none", "token", "map"), dynamic_projection=(True, False),
-                       normalizer=("none", "length", "rms", "mass"), dwc=(True, False))
+                       dwc=(True, False))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if name in choices and value not in choices[name]:
@@ -383,8 +375,7 @@ class DyDiLA(nn.Module):
             n_sets = 4 if has_redundancy else 2
             self.kernel = DynamicMeasureKernel(d, cfg.n_gammas, n_sets, cfg.gamma_init)
         if has_redundancy:
-            self.differential = TokenDifferential(
-                d, cfg.n_lambdas, lambda_init, cfg.differential, cfg.normalizer)
+            self.differential = TokenDifferential(d, cfg.n_lambdas, lambda_init, cfg.differential)
         if cfg.dwc:
             self.dwc = ReparamDWConv(d)
         self.proj = nn.Linear(d, d)
@@ -460,24 +451,28 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """AdaLN-Zero block. The condition sets shift, scale and gate of both branches.
 
-    The gates start at zero, so a new block is the identity. attn, mlp: (B, N, d) -> (B, N, d)."""
+    The gates start at zero, so a new block is the identity. attn, mlp: (B, N, d) -> (B, N, d), and
+    so is `after`, a part that sees the block's result. DyDi-LiT has none."""
 
-    def __init__(self, dim, attn, mlp):
+    def __init__(self, dim, attn, mlp, after=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn, self.mlp = attn, mlp
+        self.attn, self.mlp, self.after = attn, mlp, after or nn.Identity()
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
         """x: (B, N, d), tokens; c: (B, d), condition. Returns (B, N, d)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return self.after(x)
 
 
 def block_parts(cfg, i):
-    """Attention and feed-forward network of block i. build_model(parts=...) replaces it."""
+    """Attention and feed-forward network of block i, and perhaps a part after them, see Block.
+
+    build_model(parts=...) takes another function like this one, for other attentions."""
     if cfg.attention == "softmax":
         return SoftmaxAttention(cfg.dim, cfg.n_heads), Mlp(cfg.dim)
     first, last = cfg.lambda_init
@@ -550,7 +545,7 @@ def position_embedding(dim, side):
 class DyDiLiT(nn.Module):
     """The diffusion transformer. It predicts a noisy input's noise, and a variance (learned sigma).
 
-    For half precision, call it under autocast. parts: a function like block_parts."""
+    For half precision, call it under autocast. parts: what makes the blocks, see block_parts."""
 
     def __init__(self, cfg, parts=block_parts):
         super().__init__()

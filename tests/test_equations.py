@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dydilit
 from dydilit import ModelConfig
+from lab.eq8 import Divided
 
 N, D = 7, 5
 
@@ -265,7 +266,7 @@ def test_focused_kernel_is_finite_and_norm_preserving_at_any_scale(scale):
 def test_gamma_and_lambda_keep_their_digits_under_autocast():
     """3.005 is 3.0 in bfloat16, and a factor that is rounded cannot be learned in small steps."""
     z = torch.rand(1, N, 8)
-    kernel, differential = dydilit.DynamicMeasureKernel(8, 2, 1), dydilit.TokenDifferential(8, 2, normalizer="none")
+    kernel, differential = dydilit.DynamicMeasureKernel(8, 2, 1), Divided.of(dydilit.TokenDifferential(8, 2), "none")
     torch.nn.init.constant_(kernel.gammas, 3.005)
     torch.nn.init.constant_(differential.lambdas, 0.01003)
     with torch.autocast("cpu", torch.bfloat16):
@@ -322,11 +323,13 @@ def test_eq_11_expands_eq_8():
     torch.testing.assert_close(maps @ v, dydilit.token_differential(q, q_red, k, k_red, v, lambda_q, lambda_k))
 
 
-@pytest.mark.parametrize("normalizer", ["none", "length", "rms", "mass"])
-@pytest.mark.parametrize("paradigm", ["token", "map"])
+@pytest.mark.parametrize("paradigm, denominator", [("token", "library"), ("map", "library"),
+                                                   *(("token", name) for name in Divided.DENOMINATORS)])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_token_differential_module_is_eq_7_and_8(paradigm, normalizer, heads):
-    module = dydilit.TokenDifferential(4, 3, paradigm=paradigm, normalizer=normalizer).double()
+def test_token_differential_module_is_eq_7_and_8(paradigm, denominator, heads):
+    module = dydilit.TokenDifferential(4, 3, paradigm=paradigm).double()
+    if denominator != "library":
+        Divided.of(module, denominator)
     with torch.no_grad():
         module.lambdas.copy_(torch.tensor([0.1, -0.4, 0.9]))
     module.requires_grad_(False)
@@ -339,7 +342,8 @@ def test_token_differential_module_is_eq_7_and_8(paradigm, normalizer, heads):
         factor = torch.tensor(lambda_q, dtype=torch.float64)[:, None]
         if paradigm == "token":
             lambda_k = [float(module.lambdas[c]) for c in route_loop(torch.cat([k, k_red], -1)[0], module.router_k)]
-            out = product_loop(a - factor * ar, b - torch.tensor(lambda_k, dtype=torch.float64)[:, None] * br, w)
+            dq, dk = a - factor * ar, b - torch.tensor(lambda_k, dtype=torch.float64)[:, None] * br
+            out, used = product_loop(dq, dk, w), [sum(dot(dq[i], dk[j]) for j in range(N)) for i in range(N)]
             total = [sum(dot(a[i] + abs(lambda_q[i]) * ar[i], b[j] + abs(lambda_k[j]) * br[j]) for j in range(N))
                      for i in range(N)]
         else:
@@ -348,7 +352,10 @@ def test_token_differential_module_is_eq_7_and_8(paradigm, normalizer, heads):
         mass = [max(sum(dot(a[i], b[j]) for j in range(N)), total[i] / 10) for i in range(N)]
         mass = torch.tensor(mass, dtype=torch.float64)[:, None]
         rms = torch.stack([(row ** 2).mean().sqrt() for row in out])[:, None]
-        want[:, part] = out / {"none": 1, "length": N, "rms": rms, "mass": mass}[normalizer]
+        denominators = {"none": 1, "length": N, "rms": rms, "mass": mass, "library": mass}
+        if paradigm == "token":
+            denominators["differenced"] = torch.tensor(used, dtype=torch.float64)[:, None]
+        want[:, part] = out / denominators[denominator]
     torch.testing.assert_close(module(q, k, q_red, k_red, v, heads)[0], want)
 
 
@@ -414,11 +421,14 @@ def test_dydila_is_its_parts_put_together():
 
 # ---- precision ----
 
-def dydila(n_heads=1, **fields):
-    return dydilit.DyDiLA(ModelConfig(dim=32, n_heads=n_heads, n_projectors=2, n_gammas=3, n_lambdas=3, **fields))
+def dydila(n_heads=1, denominator=None, **fields):
+    module = dydilit.DyDiLA(ModelConfig(dim=32, n_heads=n_heads, n_projectors=2, n_gammas=3, n_lambdas=3, **fields))
+    if denominator:
+        Divided.of(module.differential, denominator)
+    return module
 
 
-VARIANTS = [*(dict(normalizer=n) for n in ("none", "length", "rms", "mass")), dict(differential="map"), dict(n_heads=4),
+VARIANTS = [dict(), *(dict(denominator=name) for name in ("none", "length", "rms")), dict(differential="map"), dict(n_heads=4),
             dict(differential="none", dwc=False), dict(kernel="relu", differential="none", dynamic_projection=False)]
 
 

@@ -11,13 +11,13 @@ import torch
 
 import dydilit
 import train
-from lab import ladder, lambda0, measures
+from lab import eq8, ladder, measures, verdict
 from lab.neighbours import NEIGHBOURS, lit_heads
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
 
-MODELS = [*(overrides for _, overrides in dydilit.LADDER), dict(differential="map"), dict(normalizer="rms"),
-          dict(normalizer="none", n_heads=2), dict(dydilit.LADDER[0][1], n_heads=4), dict(attention="softmax", n_heads=4)]
+MODELS = [*(overrides for _, overrides in dydilit.LADDER), dict(differential="map"), dict(denominator="none", n_heads=2),
+          dict(dydilit.LADDER[0][1], n_heads=4), dict(attention="softmax", n_heads=4)]
 
 
 def features(m, d, seed=0):
@@ -226,15 +226,16 @@ def test_bad_input_is_named_in_one_line(tmp_path, argv, says):
 @pytest.mark.parametrize("overrides", MODELS, ids=[str(i) for i in range(len(MODELS))])
 def test_attention_map_is_what_the_module_applies(overrides):
     torch.manual_seed(0)
-    cfg = dydilit.ModelConfig(**{"dim": 16, "depth": 1, **overrides})
-    attn = dydilit.block_parts(cfg, 0)[0].double()
+    fields, parts = {"dim": 16, "depth": 1, **overrides}, dydilit.block_parts
+    if "denominator" in fields:
+        parts = eq8.parts_with(fields.pop("denominator"))
+    cfg = dydilit.ModelConfig(**fields)
+    attn = parts(cfg, 0)[0].double()
     x = features(2 * 9, 16).view(2, 9, 16)
     weights = ladder.attention_map(attn, x)
     assert weights.shape == (2, cfg.n_heads, 9, 9)
     v = attn.qkv(x).chunk(3 if cfg.attention == "softmax" or attn.qkv.out_features == 48 else 1, dim=-1)[-1]
     out = dydilit.merge_heads(weights @ dydilit.split_heads(v, cfg.n_heads))
-    if overrides.get("normalizer") == "rms":                # not linear in the values: right but for each row's scale
-        out = torch.nn.functional.rms_norm(out, out.shape[-1:], eps=dydilit.EPS)
     if getattr(attn, "dwc", None) is not None:
         out = out + attn.dwc(v)
     torch.testing.assert_close(attn.proj(out), attn(x))
@@ -269,7 +270,7 @@ def test_neighbours_have_equal_cost_and_can_be_looked_at(known, name):
     blocks, routers = ladder.look_inside(model, train.shapes(20), n=20, shuffles=1)
     assert [line["block"] for line in blocks] == list(range(model.cfg.depth)) and routers == []
     assert all(-1 <= line["similarity_out"] <= 1 for line in blocks)
-    assert sum(line["row_entropy"] != "" for line in blocks) == (2 if name == "pixart" else 0)      # its full attention
+    assert sum(line["row_entropy"] != "" for line in blocks) == (3 if name == "pixart" else 0)      # its full attention
 
 
 def test_lesson_11_says_what_the_ladder_trains(known):
@@ -286,7 +287,7 @@ def test_lambda_held_at_0_is_rung_5_without_the_subtraction():
     torch.manual_seed(0)
     rung5 = dydilit.build_model(train.SMALL_MODEL, **overrides)
     torch.manual_seed(0)
-    held = dydilit.build_model(train.SMALL_MODEL, lambda0.parts, **overrides)
+    held = dydilit.build_model(train.SMALL_MODEL, eq8.parts_with("lambda0-mass"), **overrides)
     before, after = rung5.state_dict(), held.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         f"blocks.{i}.attn.differential.lambdas" for i in range(2)}
@@ -296,6 +297,30 @@ def test_lambda_held_at_0_is_rung_5_without_the_subtraction():
     torch.testing.assert_close(attn.differential(q, k, k, q, x), dydilit.linear_attention(q, k, x))      # divided by the mass
     held(torch.randn(4, held.cfg.in_channels, 32, 32), torch.arange(4), torch.arange(4)).sum().backward()
     assert all(b.attn.differential.lambdas.grad is None and not b.attn.differential.lambdas.any() for b in held.blocks)
+
+
+def test_variants_of_eq_8_are_trained_by_a_script_of_their_own(known):
+    script = "notebooks/lab/eq8.py"
+    for variant, word in [("rung6:normalizer=none", "none"), ("lambda0:normalizer=none,lr=1e-3", "lambda0-none"),
+                          ("lambda0", "lambda0-mass"), ("rung5:normalizer=mass", "mass")]:
+        assert ladder.trainer(variant) == (script, word)
+        assert ladder.flags(variant, known)[-2:] == ladder.flags(variant.split(":")[0], known)[-2:]     # --set, without it
+    with pytest.raises(train.Problem, match="normalizer=typo: choose the normalizer from none, length"):
+        ladder.flags("rung6:normalizer=typo", known)
+    with pytest.raises(ValueError, match="no token differential"):
+        dydilit.build_model(train.SMALL_MODEL, ladder.blocks_of("dit:normalizer=none"), **known["dit"])
+
+
+def test_verdict_calls_ours_what_the_library_does():
+    word, x, t = ladder.form(verdict.OURS), torch.randn(2, 3, 32, 32), torch.tensor([10, 500])
+    outputs = []
+    for parts in (dydilit.block_parts, eq8.parts_with(word)):
+        torch.manual_seed(0)
+        model = dydilit.build_model(train.SMALL_MODEL, parts, depth=1).eval()
+        for p in (model.final_layer.linear.weight, model.blocks[0].adaLN_modulation[1].weight):     # they start at zero
+            torch.nn.init.normal_(p, std=0.05)
+        outputs.append(model(x, t, t * 0))
+    assert torch.equal(*outputs) and outputs[0].any()
 
 
 def test_held_out_loss_is_measured_as_in_training():

@@ -37,7 +37,7 @@ class Draw(random.Random):
         """Any attention module of the ladder, in float32 or float64."""
         fields = dict(self.choice(dydilit.LADDER)[1])
         if "differential" not in fields:
-            fields.update(differential=self.choice(["token", "map"]), normalizer=self.choice(["none", "length", "rms", "mass"]))
+            fields.update(differential=self.choice(["token", "map"]))
         return dydilit.DyDiLA(self.config(**fields)).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
 

@@ -47,12 +47,12 @@ def answers_map():
     s = figures.Sketch(12.4, 5.3, [part for part in colours if part not in known], colours)
     s.box("DiT", 0.95, 2.6, "DiT:\nevery token\nsees every\nother, $N^2$", 1.6, 1.6)
     for idea, (_, y) in IDEAS.items():
-        s.arrow(idea, (1.75, 2.6 + 0.25 * (y - 2.6)), (2.5, y))
-        s.box(idea, 3.6, y, idea, 2.2)
+        s.arrow(idea, (1.75, 2.6 + 0.25 * (y - 2.6)), (2.4, y))
+        s.box(idea, 3.6, y, idea, 2.4)
     for i, (name, (ideas, text)) in enumerate(ANSWERS.items()):
         y = 4.95 - 0.74 * i
         for j, idea in enumerate(ideas):                    # where two arrows end, one ends above the other
-            s.arrow(idea, (4.7, IDEAS[idea][1]), (6.2, y + 0.12 * (len(ideas) - 1) * (1 - 2 * j)))
+            s.arrow(idea, (4.8, IDEAS[idea][1]), (6.2, y + 0.12 * (len(ideas) - 1) * (1 - 2 * j)))
         s.box(name, 7.1, y, name, 1.8, 0.55)
         s.note(name, 8.15, y, text, ha="left")
     plt.show()
@@ -64,7 +64,7 @@ def course_module(kind, *arguments):
     """A neighbour's attention of width 64 that nobody trained, with the course's projections; always the same.
 
     Queries and keys get the projection that they share in lesson 1, values theirs, and what follows the attention is the
-    identity. All other weights are a new model's, but for EDiT's compressors, which start as means like PixArt's.
+    identity. All other weights are a new model's.
     """
     ex = example.example()
     with torch.random.fork_rng(), torch.no_grad():
@@ -81,8 +81,6 @@ def course_module(kind, *arguments):
         elif hasattr(module, "kv"):
             module.q.weight.copy_(w_qk)
             module.kv.weight.copy_(torch.cat([w_qk, w_v]))
-            module.compress.weight.fill_(1 / 9)
-            module.compress.bias.zero_()
         else:                                               # DiG's queries and keys are half as wide
             module.q.weight.copy_(w_qk[:len(w_qk) // 2])
             module.k.weight.copy_(w_qk[:len(w_qk) // 2])
@@ -120,15 +118,15 @@ def processor_ms(functions, repeats):
 def show_whole(depths, coefficients, tolerance):
     """How far a block's number of d^2 is from a whole one, if there are so many blocks; the number stands where it fits.
 
-    coefficients: {system: one number per depth}; tolerance: what the rounding of the printed figures allows.
+    coefficients: {system: one number per depth}; tolerance: what the rounding of the printed figures allows, per depth.
     """
     fig, axes = plt.subplots(len(coefficients), 1, figsize=(9.5, 2.5 * len(coefficients)), sharex=True, squeeze=False)
     for ax, (name, values) in zip(axes[:, 0], coefficients.items()):
         colour, _, marker = LOOKS[name]
-        ax.axhspan(-tolerance, tolerance, color=GREY, alpha=0.35, linewidth=0)
-        for depth, value in zip(depths, values):
+        ax.fill_between(depths, np.negative(tolerance), tolerance, color=GREY, alpha=0.35, linewidth=0)
+        for depth, value, allowed in zip(depths, values, tolerance):
             far = value - round(value)
-            fits = abs(far) < tolerance
+            fits = abs(far) < allowed
             ax.plot([depth, depth], [0, far], color=colour, linestyle="-", linewidth=1.5)
             ax.plot(depth, far, color=colour, marker=marker, markersize=13 if fits else 8, fillstyle="full" if fits else "none")
             if fits:

@@ -7,32 +7,33 @@ import pathlib
 import sys
 
 import torch
+import torch.nn as nn
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 from lab import neighbours  # noqa: E402
 
 
-# Every kind of part that a block may have: (configuration, number of tokens) -> {name: (paper's count, honest count)},
-# MACs per token. See count_macs for the two conventions.
+# Every kind of part that a block may have: (the part, configuration, number of tokens) -> {name: (paper's count, honest
+# count)}, MACs per token. See count_macs for the two conventions.
 
-def softmax_attention(cfg, n):
+def softmax_attention(part, cfg, n):
     d = cfg.dim
     return {"Q, K, V and output projections": (4 * d * d, 4 * d * d), "attention products": (2 * n * d, 2 * n * d)}
 
 
-def mlp(cfg, n):
+def mlp(part, cfg, n):
     return {"feed-forward": (8 * cfg.dim ** 2, 8 * cfg.dim ** 2)}
 
 
-def mix_ffn(cfg, n):
+def mix_ffn(part, cfg, n):
     d = cfg.dim
     return {"feed-forward": (12 * d * d + 72 * d, 12 * d * d + 72 * d)}
 
 
-def dydila(cfg, n):
+def dydila(part, cfg, n):
     d, differential = cfg.dim, cfg.differential != "none"
-    mass = not differential or cfg.normalizer == "mass"
+    mass = getattr(part.differential, "denominator", "mass") == "mass"      # eq8.py has others
     products = 2 * min(n, d // cfg.n_heads) * d * (2 if cfg.differential == "map" else 1)
     routers = 2 * d * cfg.n_projectors * cfg.dynamic_projection
     routers += d * cfg.n_gammas * (4 if differential else 2) * (cfg.kernel == "dynamic")
@@ -44,14 +45,14 @@ def dydila(cfg, n):
             "DWC": (15 * d * cfg.dwc, 9 * d * cfg.dwc)}
 
 
-def kv_compressed_attention(cfg, n):
-    """PixArt-Sigma: n / 16 keys, each the sum of 16 tokens; the same for the values."""
-    d, keys = cfg.dim, n // 16
+def kv_compressed_attention(part, cfg, n):
+    """PixArt-Sigma: each key is the sum of a square of tokens; the same for the values."""
+    d, keys = cfg.dim, n // part.compress.kernel_size[0] ** 2
     return {"Q, K, V and output projections": (4 * d * d, 4 * d * d), "key and value compression": (2 * d, 2 * d),
             "attention products": (2 * keys * d, 2 * keys * d)}
 
 
-def linear_compressed_attention(cfg, n):
+def linear_compressed_attention(part, cfg, n):
     """EDiT: ConvFusion's 3x3 convolution d -> d/2 and 1x1 d/2 -> d, nine weights for each of n / 4 keys and values.
 
     The products in the order that dydilit.attention_product takes. The normalizer sums n / 4 keys.
@@ -63,29 +64,33 @@ def linear_compressed_attention(cfg, n):
             "normalizer": (0, 5 * d // 4)}
 
 
-def gated_linear_attention(cfg, n, chunk=16):
+def gated_linear_attention(part, cfg, n, chunk=16):
     """DiG: Q, K at half the width; V, gate and output; the decay's W_1, W_2; and the scan.
 
     "paper" counts the scan as k^T v and q (k^T v) with one head, see NEIGHBOUR_GFLOPS; "honest" as the chunked form.
     """
     d = cfg.dim
     return {"Q, K, V, gate and output projections": (4 * d * d, 4 * d * d), "decay": (24 * d, 24 * d),
-            "DWC": (9 * d, 9 * d), "attention products": (d * d, chunk * (d // 2 + d) + d * d // cfg.n_heads)}
+            "attention products": (d * d, chunk * (d // 2 + d) + d * d // cfg.n_heads)}
 
 
-def swiglu(cfg, n):
+def local_conv(part, cfg, n):
+    return {"DWC": (9 * cfg.dim, 9 * cfg.dim)}
+
+
+def swiglu(part, cfg, n):
     """DiG's: "paper" leaves the last of its three products out, see NEIGHBOUR_GFLOPS."""
     hidden = neighbours.swiglu_width(cfg.dim)
     return {"feed-forward": (2 * hidden * cfg.dim, 3 * hidden * cfg.dim)}
 
 
-def mixture_of_head_attention(cfg, n):
+def mixture_of_head_attention(part, cfg, n):
     """MoH-DiT: every head is computed, whether on or not."""
-    routers = (2 + cfg.n_heads) * cfg.dim
-    return {**softmax_attention(cfg, n), "routers": (routers, routers)}
+    routers = (cfg.n_heads + 2 * (part.shared < cfg.n_heads)) * cfg.dim
+    return {**softmax_attention(part, cfg, n), "routers": (routers, routers)}
 
 
-def few_head_linear_attention(cfg, n):
+def few_head_linear_attention(part, cfg, n):
     """LiT: the width of a head decides the cost."""
     d = cfg.dim
     products = 2 * min(n, d // neighbours.lit_heads(d)) * d
@@ -97,6 +102,7 @@ PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dy
          neighbours.KVCompressedAttention: kv_compressed_attention,
          neighbours.LinearCompressedAttention: linear_compressed_attention,
          neighbours.GatedLinearAttention: gated_linear_attention, neighbours.SwiGLU: swiglu,
+         neighbours.LocalConv: local_conv, nn.Identity: lambda part, cfg, n: {},
          neighbours.MixtureOfHeadAttention: mixture_of_head_attention,
          neighbours.FewHeadLinearAttention: few_head_linear_attention}
 
@@ -117,8 +123,8 @@ def count_macs(model, image_size=None):
              "AdaLN": len(model.blocks) * 6 * d * d}
     counts = {"paper": dict(shell), "honest": dict(shell)}
     for block in model.blocks:
-        for part in (block.attn, block.mlp):
-            for name, per_token in PARTS[type(part)](cfg, n).items():
+        for part in (block.attn, block.mlp, block.after):
+            for name, per_token in PARTS[type(part)](part, cfg, n).items():
                 for convention, macs in zip(("paper", "honest"), per_token):
                     counts[convention][name] = counts[convention].get(name, 0) + n * macs
     return counts
@@ -140,7 +146,8 @@ PAPER_GFLOPS = [
 # PixArt-Sigma: 12 blocks of DiT, the last 6 with a sixteenth of the keys (a quarter would make 99.14 in the last column).
 #
 # EDiT: 9 blocks of 17 d^2 per token: 4 for Q, K, V and output, 8 for DiT's MLP, and 5 for ConvFusion at half the width
-# (3x3 d -> d/2 is 4.5, 1x1 d/2 -> d is 0.5). The products are those of N / 4 keys with one head, in the cheaper order.
+# (3x3 d -> d/2 is 4.5, 1x1 d/2 -> d is 0.5). The products are those of (q k^T) v with N / 4 keys at both lengths. That is
+# the cheaper order of one head; with more heads and the other order, the last column would be less.
 #
 # DiG: 15, 14 and 15 blocks. SwiGLU's width is a multiple of 256, 8/3 d for S and L but 3 d for B, which is therefore
 # one block shorter. Its last product is inside a fused function of the released code (swiglu_linear), which a counter

@@ -112,7 +112,7 @@ def show_points(points, exact, columns, outlines=None):
     plt.show()
 
 
-def show_arrows(arrows, exact):
+def show_steps(arrows, exact):
     """Arrows over the density of the data, a panel each. arrows: {title: (from (n, 2), to (n, 2))}."""
     for ax, (title, (start, end)) in zip(panels(len(arrows), len(arrows), 3.5), arrows.items()):
         plane(ax, exact, title)

@@ -122,7 +122,7 @@ def show_histories(histories, xlabel):
             ax.axhline(1, color=GREY, linestyle="-", linewidth=1.5)
             ax.plot(range(1, len(values) + 1), values[:, b], color=BLUE, linestyle="-", linewidth=1.3)
         row[0].set_ylabel(name)
-        row[0].annotate("start", (1, 1), (-3, 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=GREY)
+        row[-1].annotate("start", (1, 1), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", color=GREY)
     for b, ax in enumerate(axes[0]):
         ax.set_title(f"block {b + 1}", fontsize=15)
     fig.supxlabel(xlabel, fontsize=14)

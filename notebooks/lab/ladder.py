@@ -10,9 +10,10 @@
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
 MACs; only if they are named, lambda0, which is rung5 with lambda held at 0, and pixart, edit, dig, moh and lit, the
-other systems of Tables 1 to 3 at rung6's honest MACs. Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run and block,
-routers.csv a line per run and router, real.csv a line per data set: what real images would score in place of the
-generated ones. Stopped at any moment, the same command goes on. A line's `commit` is that of the code at the start.
+other systems of Tables 1 to 3 at rung6's honest MACs. normalizer=NAME after a colon is a denominator of eq8.py. Images,
+timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per run, blocks.csv a line per run
+and block, routers.csv a line per run and router, real.csv a line per data set: what real images would score in place of
+the generated ones. Stopped at any moment, the same command goes on. A line's `commit` is that of the code at the start.
 """
 import argparse
 import concurrent.futures
@@ -36,7 +37,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
-from lab import common, cost, measures  # noqa: E402
+from lab import common, cost, eq8, measures  # noqa: E402
 from lab.neighbours import NEIGHBOURS, lit_heads  # noqa: E402
 
 RECIPE = f"{train.KNOBS['cfg'][0]:g}"                 # the guidance of the small model's recipe
@@ -67,7 +68,7 @@ def equal_macs(model, base, parts=dydilit.block_parts, multiple=4, **overrides):
 def variants(model, base):
     """{variant: overrides of `model`}; base: the data's fields of ModelConfig."""
     out = {f"rung{i}": dict(overrides) for i, (_, overrides) in enumerate(dydilit.LADDER, 1)}
-    out["lambda0"] = dict(out["rung5"])                 # and lambda0.py in place of train.py
+    out["lambda0"] = dict(out["rung5"])                 # and eq8.py in place of train.py
     out["map"] = dict(out["rung5"], differential="map")
     out["increasing"] = dict(out["rung5"], lambda_init=[0.2, 0.8])
     with torch.device("meta"):
@@ -85,19 +86,45 @@ def variants(model, base):
     return out
 
 
+def form(variant):
+    """The word of eq8.py for a variant: lambda0, and what has normalizer=NAME after its colon. "" for any other."""
+    name, _, changes = variant.partition(":")
+    chosen = [pair.partition("=")[2] for pair in changes.split(",") if pair.startswith("normalizer=")]
+    if name == "lambda0":
+        return "lambda0-" + (chosen or ["mass"])[-1]
+    return chosen[-1] if chosen else ""
+
+
+def trainer(variant):
+    """What trains a variant, and samples from it: a script, and perhaps a first word after it."""
+    name = variant.partition(":")[0]
+    if name in NEIGHBOURS:
+        return "notebooks/lab/neighbours.py", name
+    return ("notebooks/lab/eq8.py", form(variant)) if form(variant) else ("train.py",)
+
+
 def blocks_of(variant):
     """What build_model takes as parts for a variant."""
+    if form(variant):
+        return eq8.parts_with(form(variant))
     return NEIGHBOURS.get(variant.partition(":")[0], dydilit.block_parts)
 
 
 def flags(text, known):
-    """train.py's flags for a variant: a name, and after a colon fields of ModelConfig or train.py's knobs to change."""
+    """train.py's flags for a variant: a name, and after a colon fields of ModelConfig or train.py's knobs to change.
+
+    Also after the colon, normalizer=NAME is another denominator of Eq. 8. No flag says it, but the script, see form.
+    """
     name, _, changes = text.partition(":")
     if name not in known:
         raise train.Problem(f"--variants {name}: choose from {', '.join(known)}")
     out, fields = [], dict(known[name])
+    if form(text) not in ["", *eq8.WORDS]:
+        raise train.Problem(f"--variants {text}: choose the normalizer from {', '.join(eq8.Divided.DENOMINATORS)}")
     for pair in filter(None, changes.split(",")):
         field, _, value = pair.partition("=")
+        if field == "normalizer":
+            continue
         if field in train.KNOBS:
             out += ["--" + field.replace("_", "-"), value]
         else:
@@ -261,14 +288,6 @@ def commit():
         return subprocess.run(["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"], cwd=ROOT, check=True,
                               capture_output=True, text=True).stdout.strip()
     return ""
-
-
-def trainer(variant):
-    """What trains a variant, and samples from it: a script, and perhaps a first word after it."""
-    name = variant.partition(":")[0]
-    if name in NEIGHBOURS:
-        return "notebooks/lab/neighbours.py", name
-    return ("notebooks/lab/lambda0.py" if name == "lambda0" else "train.py",)
 
 
 def run_folder(args, data, variant, steps, seed):

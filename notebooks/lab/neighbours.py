@@ -32,15 +32,15 @@ def as_tokens(x):
 # ---- PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692): softmax attention to fewer keys ----------
 
 class KVCompressedAttention(nn.Module):
-    """softmax(Q f(K)^T / sqrt(d)) f(V). A depth-wise convolution and a LayerNorm, f, make one token of 4 x 4.
+    """softmax(Q f(K)^T / sqrt(d)) f(V). A depth-wise convolution and a LayerNorm, f, make one token of a square's.
 
-    The same f serves keys and values. Its convolution starts as the mean of the 16 tokens.
+    The same f serves keys and values. Its convolution starts as the mean of the square. ratio: the square's side.
 
-    Source: AttentionKVCompress of the released code. That the DyDi-LiT paper compresses 4 x 4 (there: 2 x 2 at 1,024
-    pixels) follows from its GFLOPs, see cost.py. Left out: what is off by default, and the text with its cross-attention,
-    because a class conditions our models."""
+    Source: AttentionKVCompress of the released code, which compresses 2 x 2. That the DyDi-LiT paper compresses 4 x 4
+    follows from its GFLOPs, see cost.py. Left out: what is off by default, and the text with its cross-attention, because
+    a class conditions our models. PixArt-Sigma brings the compression into a trained model, we train from scratch."""
 
-    def __init__(self, dim, n_heads, ratio=4):
+    def __init__(self, dim, n_heads, ratio):
         super().__init__()
         self.n_heads = n_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -51,7 +51,7 @@ class KVCompressedAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)                              # (B, N, d) each
-        k, v = (self.norm(as_tokens(self.compress(as_image(t)))) for t in (k, v))   # (B, N/16, d)
+        k, v = (self.norm(as_tokens(self.compress(as_image(t)))) for t in (k, v))   # fewer tokens
         q, k, v = (dydilit.split_heads(t, self.n_heads) for t in (q, k, v))     # (B, h, ., d/h)
         return self.proj(dydilit.merge_heads(dydilit.softmax_attention(q, k, v)))   # (B, N, d)
 
@@ -65,8 +65,9 @@ class LinearCompressedAttention(nn.Module):
         K = ReLU(Conv_K(W_K X)),  V = Conv_V(W_V X)                         "spatial compressor"
 
     Source: the paper's equations as a published summary (papernotes.org) prints them; no code was released. That
-    ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints, see cost.py. That GroupNorm has 4
-    groups and Q, K, V no bias is our choice. EDiT learns from PixArt-Sigma as its teacher, ours from scratch."""
+    ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints, see cost.py. Our choices: GroupNorm
+    has 4 groups, Q, K, V no bias, K and V a Conv each, which start as means, as in PixArt-Sigma. That is EDiT's teacher;
+    ours learns from scratch."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -77,6 +78,8 @@ class LinearCompressedAttention(nn.Module):
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
         self.compress = nn.Conv2d(2 * dim, 2 * dim, 3, stride=2, padding=1, groups=2 * dim)  # K, V
+        nn.init.constant_(self.compress.weight, 1 / 9)
+        nn.init.zeros_(self.compress.bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
@@ -131,20 +134,16 @@ def scan_order(n, direction):
 class GatedLinearAttention(nn.Module):
     """gated_linear_attention on tokens read in one of four directions, i % 4 for block i.
 
-    Before it, a depth-wise 3x3 convolution that starts as the identity. After it, per head, RMSNorm(O) * SiLU(X W_G).
-    The decay is exp(log_decay) = sigmoid(X W_1 W_2 + b)^(1/16), with W_1 only 16 wide. Keys and queries are d / 2 wide.
+    After it, per head, RMSNorm(O) * SiLU(X W_G). The decay is exp(log_decay) = sigmoid(X W_1 W_2 + b)^(1/16), with W_1
+    only 16 wide. Keys and queries are d / 2 wide.
 
     Source: models_dig.py and module_dig.py of hustvl/DiG. What differs: there tokens stay flipped or transposed between
-    blocks, here the attention puts them back. There the convolution follows the whole block; here it precedes the
-    attention (their option if_in_block_conv), because a Block has no third part. There attention's linear layers start
-    smaller (gain 2^-2.5) and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
+    blocks and after the last one, here the attention puts them back. There its linear layers start smaller (gain 2^-2.5)
+    and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
 
     def __init__(self, dim, n_heads, direction):
         super().__init__()
         self.n_heads, self.direction = n_heads, direction
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        nn.init.dirac_(self.conv.weight, groups=dim)
-        nn.init.zeros_(self.conv.bias)
         self.q, self.k = (nn.Linear(dim, dim // 2, bias=False) for _ in range(2))
         self.v, self.gate = (nn.Linear(dim, dim, bias=False) for _ in range(2))
         self.decay = nn.Sequential(nn.Linear(dim, 16, bias=False), nn.Linear(16, dim // 2))
@@ -153,7 +152,7 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x):
         order = scan_order(x.shape[1], self.direction).to(x.device)                 # (N,)
-        x = as_tokens(self.conv(as_image(x)))[:, order]                             # (B, N, d)
+        x = x[:, order]                                                             # (B, N, d)
         log_decay = (F.logsigmoid(self.decay(x)) / 16).clamp_min(-80 / 16)          # (B, N, d/2)
         q, k, v, log_decay = (dydilit.split_heads(t, self.n_heads)                  # (B, h, N, .)
                               for t in (self.q(x), self.k(x), self.v(x), log_decay))
@@ -161,6 +160,19 @@ class GatedLinearAttention(nn.Module):
         out = self.norm(gated_linear_attention(q, k, v, log_decay))                 # (B, h, N, d/h)
         out = dydilit.merge_heads(out) * F.silu(self.gate(x))                       # (B, N, d)
         return self.proj(out)[:, order.argsort()]                                   # row by row
+
+
+class LocalConv(nn.Module):
+    """What follows each of DiG's blocks, a depth-wise 3x3 convolution that starts as the identity. (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        nn.init.dirac_(self.conv.weight, groups=dim)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return as_tokens(self.conv(as_image(x)))
 
 
 def swiglu_width(dim):
@@ -191,26 +203,27 @@ class MixtureOfHeadAttention(nn.Module):
 
     a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are on, weighted by p_S =
     softmax(X W_S). Of the routed heads those r with the largest entries of softmax(X W_R) are on; p_R is these entries,
-    divided by their sum. With the factors 2, s and r, a token without preferences gives weights of 1.
+    divided by their sum. With the factors 2, s and r, a token without preferences gives weights of 1. Where all heads are
+    shared, g = s p_S. shared: s; top: r.
 
-    Source: MoH-DiT/models.py of SkyworkAI/MoH, where s and r vary from block to block. Left out: its loss that balances
+    Source: MoH-DiT/models.py of SkyworkAI/MoH, which also has the factors and the sum. Left out: its loss that balances
     the heads' load, because one training loop serves all systems. As there, heads that are off are computed all the same."""
 
-    def __init__(self, dim, n_heads):
+    def __init__(self, dim, n_heads, shared, top):
         super().__init__()
-        if n_heads < 4:     # of a single head on, the weight p_R is 1: the router would not learn
-            raise ValueError(f"MixtureOfHeadAttention: n_heads={n_heads} is not at least 4")
-        self.n_heads, self.shared = n_heads, (n_heads - 1) // 2             # s
-        self.top = math.ceil((n_heads - self.shared) / 2)                   # r, at least 2
+        self.n_heads, self.shared, self.top = n_heads, shared, top
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.kinds = nn.Linear(dim, 2, bias=False)                          # W_0
-        self.shared_router = nn.Linear(dim, self.shared, bias=False)        # W_S
-        self.router = nn.Linear(dim, n_heads - self.shared, bias=False)     # W_R
+        self.shared_router = nn.Linear(dim, shared, bias=False)             # W_S
+        if shared < n_heads:
+            self.kinds = nn.Linear(dim, 2, bias=False)                      # W_0
+            self.router = nn.Linear(dim, n_heads - shared, bias=False)      # W_R
 
     def weights(self, x):
         """g, what each token makes of each head. (B, N, d) -> (B, N, h), at least float32."""
-        a = 2 * self.kinds(x).softmax(dim=-1)                               # (B, N, 2)
         p_shared = self.shared_router(x).softmax(dim=-1) * self.shared      # (B, N, s)
+        if self.shared == self.n_heads:
+            return p_shared
+        a = 2 * self.kinds(x).softmax(dim=-1)                               # (B, N, 2)
         p = self.router(x).softmax(dim=-1)                                  # (B, N, h - s)
         on = torch.zeros_like(p).scatter(-1, p.topk(self.top, dim=-1).indices, 1)
         p = p * on / (p * on).sum(dim=-1, keepdim=True) * self.top
@@ -228,21 +241,22 @@ class MixtureOfHeadAttention(nn.Module):
 class FewHeadLinearAttention(nn.Module):
     """Linear attention (Eq. 4) with ReLU as kernel and few heads, plus a depth-wise 5x5 convolution of V.
 
-    Source: a published summary of the paper (papernotes.org); its code was not read. So bias (none on Q, K, V, as in Sana)
-    and a kernel for every channel of every head are our choices. LiT inherits a trained DiT's weights and learns from it,
-    ours from scratch."""
+    The heads share the convolution's kernels. Sources: a published summary of the paper (papernotes.org), and the class
+    that its first author kept in a later project, vision_transformer_linear1.py of techmonsterwang/LINA. The code that was
+    released with the paper was not read. LiT starts from a trained DiT and learns from it. Ours is its row without that,
+    which is the one that the DyDi-LiT paper's Table 3 shows."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
-        self.n_heads = n_heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.dwc = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.n_heads, width = n_heads, dim // n_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(width, width, 5, padding=2, groups=width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)                              # (B, N, d) each
-        local = as_tokens(self.dwc(as_image(v)))                            # (B, N, d)
-        q, k, v = (dydilit.split_heads(t, self.n_heads) for t in (F.relu(q), F.relu(k), v))
-        return self.proj(dydilit.merge_heads(dydilit.linear_attention(q, k, v)) + local)
+        q, k, v = (dydilit.split_heads(t, self.n_heads) for t in self.qkv(x).chunk(3, dim=-1))
+        out = dydilit.linear_attention(F.relu(q), F.relu(k), v)             # (B, h, N, d/h)
+        local = as_tokens(self.dwc(as_image(v.flatten(0, 1))))              # (B h, N, d/h)
+        return self.proj(dydilit.merge_heads(out + local.view_as(out)))
 
 
 def lit_heads(dim):
@@ -250,19 +264,37 @@ def lit_heads(dim):
     return max(2, dim // 256)
 
 
-# ---- The blocks' parts: (configuration, number of the block) -> (attention, feed-forward) --------
+# ---- The blocks' parts: (configuration, number of the block) -> dydilit.Block's parts -----------
+
+def pixart_ratio(n):
+    """The side of a square of tokens that gives one key: 4, as in the paper's tables, or 2 if 16 keys would not remain."""
+    return 4 if n >= 256 else 2
+
 
 def pixart(cfg, i):
     """DiT's attention in the first half of the blocks, fewer keys in the second."""
-    attention = dydilit.SoftmaxAttention if i < cfg.depth // 2 else KVCompressedAttention
-    return attention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
+    if i < cfg.depth / 2:
+        return dydilit.SoftmaxAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
+    ratio = pixart_ratio((cfg.input_size // cfg.patch_size) ** 2)
+    return KVCompressedAttention(cfg.dim, cfg.n_heads, ratio), dydilit.Mlp(cfg.dim)
+
+
+def moh(cfg, i):
+    """As in the released S/2 with 90 % of its heads on: in two thirds of the blocks half of the heads are shared, and of
+    the others two thirds are on. In the last third all are shared. ValueError for fewer than 5 heads: of a single head
+    that is on, p_R is 1, and its router would not learn."""
+    if cfg.n_heads < 5:
+        raise ValueError(f"MoH-DiT: n_heads={cfg.n_heads} is not at least 5")
+    shared = cfg.n_heads // 2 if i < round(cfg.depth * 2 / 3) else cfg.n_heads
+    top = round((cfg.n_heads - shared) * 2 / 3)
+    return MixtureOfHeadAttention(cfg.dim, cfg.n_heads, shared, top), dydilit.Mlp(cfg.dim)
 
 
 NEIGHBOURS = {
     "pixart": pixart,
     "edit": lambda cfg, i: (LinearCompressedAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)),
-    "dig": lambda cfg, i: (GatedLinearAttention(cfg.dim, cfg.n_heads, direction=i % 4), SwiGLU(cfg.dim)),
-    "moh": lambda cfg, i: (MixtureOfHeadAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)),
+    "dig": lambda cfg, i: (GatedLinearAttention(cfg.dim, cfg.n_heads, i % 4), SwiGLU(cfg.dim), LocalConv(cfg.dim)),
+    "moh": moh,
     "lit": lambda cfg, i: (FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)), dydilit.Mlp(cfg.dim)),
 }
 

@@ -3,7 +3,7 @@
     python notebooks/lab/normalizers.py --data cifar10 --data-dir DIR > normalizers.csv
 
 Prints, per seed and normalizer, the loss on held-out images with fixed noise and the largest gradient norm on the way.
-"differenced" is Eq. 4's denominator over the *differenced* tokens: the library does not offer it, and this shows why.
+They are those of eq8.py. The library has one of them.
 """
 import argparse
 import math
@@ -16,18 +16,9 @@ from tqdm.auto import tqdm
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
+from lab import eq8  # noqa: E402
 
 BATCH = 32
-
-
-class Differenced(dydilit.TokenDifferential):
-    """TokenDifferential over (Q - lambda Q') (sum_j (K_j - lambda K'_j))^T, which may be anything, zero included."""
-
-    def forward(self, q, k, q_red, k_red, v, n_heads=1):
-        q = q - self.choose(self.router_q, q, q_red).squeeze(1) * q_red
-        k = k - self.choose(self.router_k, k, k_red).squeeze(1) * k_red
-        mass = q @ k.sum(dim=1, keepdim=True).transpose(1, 2)
-        return dydilit.attention_product(q, k, v) / torch.where(mass.abs() < 1e-6, 1e-6, mass)
 
 
 def steps_of(model, data, steps, batch, lr, seed=0, skip=0, autocast=False):
@@ -54,11 +45,7 @@ def steps_of(model, data, steps, batch, lr, seed=0, skip=0, autocast=False):
 
 def run(data, normalizer, seed, steps):
     torch.manual_seed(seed)
-    stands_for = "none" if normalizer == "differenced" else normalizer
-    model = dydilit.build_model("DyDi-LiT-XS/4", normalizer=stands_for, n_classes=len(data.names))
-    if normalizer == "differenced":
-        for block in model.blocks:
-            block.attn.differential.__class__ = Differenced
+    model = dydilit.build_model("DyDi-LiT-XS/4", eq8.parts_with(normalizer), n_classes=len(data.names))
     diffusion, held_out = dydilit.GaussianDiffusion(), 1024
     _, largest = steps_of(model, data, steps, BATCH, 3e-4, seed, skip=held_out)
     model.eval()
@@ -82,7 +69,7 @@ def main():
     data = train.load_data(args)
     print("seed,normalizer,held_out_loss,largest_gradient_norm")
     for seed in range(args.seeds):
-        for normalizer in ("none", "length", "rms", "mass", "differenced"):
+        for normalizer in eq8.Divided.DENOMINATORS:
             loss, largest = run(data, normalizer, seed, args.steps)
             print(f"{seed},{normalizer},{loss:.4f},{largest:.2f}", flush=True)
 

@@ -18,6 +18,7 @@ import torch
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
+from lab import eq8  # noqa: E402
 from lab.normalizers import steps_of  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def largest_output(model, tokens, dtype):
     """The largest entry of the output for noise in so many tokens. The weights are the model's, the positions new."""
     side, device = math.isqrt(tokens) * model.cfg.patch_size, model.pos_embed.device
     cfg = dataclasses.replace(model.cfg, image_size=side * model.cfg.vae_factor)
-    larger = dydilit.DyDiLiT(cfg).to(device).eval()
+    larger = dydilit.DyDiLiT(cfg, eq8.parts_with(model.blocks[0].attn.differential.denominator)).to(device).eval()
     larger.load_state_dict({**model.state_dict(), "pos_embed": larger.pos_embed})
     x = torch.randn(1, cfg.in_channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -38,7 +39,7 @@ def main():
     parser.add_argument("--data", default="shapes", choices=["shapes", "cifar10"])
     parser.add_argument("--data-dir", default="data", help="where cifar10 lies, or is downloaded to")
     parser.add_argument("--steps", type=train.positive, nargs=2, default=[300, 1000], help="in float32, in BF16; default: 300 1000")
-    parser.add_argument("--normalizers", nargs="+", default=["none", "mass"])
+    parser.add_argument("--normalizers", nargs="+", choices=eq8.Divided.DENOMINATORS, default=["none", "mass"])
     args = parser.parse_args()
     train.keep_freed_memory()
     data, device = train.load_data(args), train.pick_device()
@@ -47,7 +48,7 @@ def main():
     for normalizer in args.normalizers:
         for name, dtype, steps in [("DyDi-LiT-S/2", torch.float32, args.steps[0]), (slow, torch.bfloat16, args.steps[1])]:
             torch.manual_seed(0)
-            model = dydilit.build_model(name, normalizer=normalizer, **data.model_shape()).to(device)
+            model = dydilit.build_model(name, eq8.parts_with(normalizer), **data.model_shape()).to(device)
             losses, norm = steps_of(model, data, steps, 8, 1e-4, autocast=dtype is torch.bfloat16)
             found = [sum(losses[-50:]) / len(losses[-50:]), norm, largest_output(model, model.pos_embed.shape[1], dtype),
                      largest_output(model, 16_384, dtype)]

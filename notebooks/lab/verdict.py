@@ -15,7 +15,6 @@ import textwrap
 import numpy as np
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import dydilit  # noqa: E402
 from lab.neighbours import NEIGHBOURS  # noqa: E402
 
 # The eight variants, as ladder.py names them.
@@ -26,7 +25,7 @@ VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
 SEEDS = range(100, 110)
 
 # Notebook 11: DyDi-LiT as it is by default, and its neighbours, with the first five of these seeds.
-OURS = RUNG6[dydilit.ModelConfig.normalizer]
+OURS = RUNG6["mass"]
 BESIDE = [OURS, *NEIGHBOURS]
 BESIDE_SEEDS = range(100, 105)
 
