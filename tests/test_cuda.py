@@ -11,6 +11,7 @@ import torch
 
 import dydilit
 import train
+from lab import eq8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 DEVICE = torch.device("cuda", 0)
@@ -63,11 +64,13 @@ def test_routed_projection_in_bfloat16_both_ways(d, e, index):
     assert not got[2][unused].any() and got[2].isfinite().all()
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(differential="map"), dict(n_heads=4),
+@pytest.mark.parametrize("fields", [dict(), dict(differential="map"), dict(denominator="none"), dict(n_heads=4),
                                     dict(attention="softmax", n_heads=4)], ids=str)
 def test_model_under_autocast_is_near_float32(fields):
     """Near, not equal: a router whose two best scores nearly tie may choose otherwise."""
-    model = dydilit.build_model("DyDi-LiT-XS/4", **fields).to(DEVICE)
+    parts = eq8.parts_with(fields["denominator"]) if "denominator" in fields else dydilit.block_parts
+    fields = {name: value for name, value in fields.items() if name != "denominator"}
+    model = dydilit.build_model("DyDi-LiT-XS/4", parts, **fields).to(DEVICE)
     for p in model.parameters():                            # gates and the last layer start at zero, which would prove nothing
         if p.requires_grad and p.dim() > 1:
             torch.nn.init.normal_(p, std=0.05)

@@ -16,8 +16,8 @@ from lab.neighbours import NEIGHBOURS, lit_heads
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
 
-MODELS = [*(overrides for _, overrides in dydilit.LADDER), dict(differential="map"), dict(denominator="none", n_heads=2),
-          dict(dydilit.LADDER[0][1], n_heads=4), dict(attention="softmax", n_heads=4)]
+MODELS = [*(overrides for _, overrides in dydilit.LADDER), dict(differential="map"), dict(denominator="rms"),
+          dict(denominator="none", n_heads=2), dict(dydilit.LADDER[0][1], n_heads=4), dict(attention="softmax", n_heads=4)]
 
 
 def features(m, d, seed=0):
@@ -236,6 +236,8 @@ def test_attention_map_is_what_the_module_applies(overrides):
     assert weights.shape == (2, cfg.n_heads, 9, 9)
     v = attn.qkv(x).chunk(3 if cfg.attention == "softmax" or attn.qkv.out_features == 48 else 1, dim=-1)[-1]
     out = dydilit.merge_heads(weights @ dydilit.split_heads(v, cfg.n_heads))
+    if overrides.get("denominator") == "rms":               # not linear in the values: right but for each row's scale
+        out = torch.nn.functional.rms_norm(out, out.shape[-1:], eps=dydilit.EPS)
     if getattr(attn, "dwc", None) is not None:
         out = out + attn.dwc(v)
     torch.testing.assert_close(attn.proj(out), attn(x))

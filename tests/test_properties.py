@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import dydilit
 from dydilit import GaussianDiffusion, ModelConfig
 from lab import cost
+from lab.eq8 import Divided
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 many = pytest.mark.parametrize("seed", range(12))
@@ -38,7 +39,10 @@ class Draw(random.Random):
         fields = dict(self.choice(dydilit.LADDER)[1])
         if "differential" not in fields:
             fields.update(differential=self.choice(["token", "map"]))
-        return dydilit.DyDiLA(self.config(**fields)).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        module = dydilit.DyDiLA(self.config(**fields))
+        if fields.get("differential") == "token":
+            Divided.of(module.differential, self.choice(["none", "length", "rms", "mass"]))
+        return module.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
 
 def at_least_float32(dtype):

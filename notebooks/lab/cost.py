@@ -7,7 +7,6 @@ import pathlib
 import sys
 
 import torch
-import torch.nn as nn
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
@@ -102,7 +101,7 @@ PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dy
          neighbours.KVCompressedAttention: kv_compressed_attention,
          neighbours.LinearCompressedAttention: linear_compressed_attention,
          neighbours.GatedLinearAttention: gated_linear_attention, neighbours.SwiGLU: swiglu,
-         neighbours.LocalConv: local_conv, nn.Identity: lambda part, cfg, n: {},
+         neighbours.LocalConv: local_conv, torch.nn.Identity: lambda part, cfg, n: {},
          neighbours.MixtureOfHeadAttention: mixture_of_head_attention,
          neighbours.FewHeadLinearAttention: few_head_linear_attention}
 

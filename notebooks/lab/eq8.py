@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
-import train  # noqa: E402
 
 
 class Divided(dydilit.TokenDifferential):
@@ -66,6 +65,7 @@ def parts_with(word):
 
 
 if __name__ == "__main__":
+    import train
     if len(sys.argv) < 2 or sys.argv[1] not in WORDS:
         sys.exit(f"eq8.py: the first word must be one of {', '.join(WORDS)}")
     train.explained(train.main, sys.argv[2:], parts_with(sys.argv[1]))

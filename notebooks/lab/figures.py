@@ -56,7 +56,8 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
     ax.set(xlabel=xlabel, ylabel=ylabel, **settings)
     for axis, ticks in [(ax.xaxis, xticks), (ax.yaxis, yticks)]:
         if ticks is not None:
-            powers = (min(ticks) < 1e-3 or max(ticks) > 1e4) and all(f"{tick:e}".startswith("1.000000e") for tick in ticks)
+            powers = axis.get_scale() == "log" and (min(ticks) < 1e-3 or max(ticks) > 1e4)
+            powers = powers and all(math.log10(tick).is_integer() for tick in ticks)
             axis.set_ticks(list(ticks), [f"$10^{{{math.log10(tick):.0f}}}$" if powers else f"{tick:g}" for tick in ticks])
             axis.set_ticks([], minor=True)
     for words, value in (levels or {}).items():
