@@ -224,8 +224,8 @@ def map_differential(q, q_red, k, k_red, v, lambda_map):
 class TokenDifferential(nn.Module):
     """Eq. 7-8. Each query and each key picks a factor lambda, and attention uses the differences.
 
-    Eq. 8 divides by nothing. We divide by Eq. 4's denominator of Q and K, see floored_mass, so that
-    the output does not grow with N. paradigm="map" is Eq. 10, where only queries pick a factor."""
+    Unlike Eq. 4, Eq. 8 divides by nothing, so the output grows with N. paradigm="map" is Eq. 10,
+    where only queries pick a factor."""
 
     def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token"):
         super().__init__()
@@ -243,25 +243,12 @@ class TokenDifferential(nn.Module):
             out = token_differential(q, q_red, k, k_red, v, lambda_q, lambda_k)
         else:
             out = map_differential(q, q_red, k, k_red, v, lambda_q)
-        return merge_heads(out / self.floored_mass(q, k, q_red, k_red, lambda_q, lambda_k))
+        return merge_heads(out)
 
     def choose(self, router, x, x_red):
         """Eq. 7. x, x_red: (B, N, d). Returns each token's factor, (B, 1, N, 1) for all heads."""
         _, choice = router(torch.cat([x, x_red], dim=-1))
         return pick(choice, self.lambdas).unsqueeze(1)
-
-    def floored_mass(self, q, k, q_red, k_red, lambda_q, lambda_k):
-        """Eq. 4's denominator for Q and K, but at least a tenth of the one with Q', K' added.
-
-        The tenth is our choice. It matters where Q is near zero and Q' is not. (B, h, N, 1)."""
-        mass = attention_mass(q, k)
-        with torch.no_grad():
-            if self.paradigm == "token":
-                keys = (k + lambda_k.abs() * k_red).sum(dim=-2, keepdim=True)   # (B, h, 1, d/h)
-                total = attention_mass(q + lambda_q.abs() * q_red, keys)
-            else:
-                total = mass + lambda_q.abs() * attention_mass(q_red, k_red)
-        return torch.maximum(mass, total / 10)
 
 
 # ---- Re-parameterized depth-wise convolution (the second term of Eq. 9) --------------------------

@@ -64,7 +64,7 @@ def test_routed_projection_in_bfloat16_both_ways(d, e, index):
     assert not got[2][unused].any() and got[2].isfinite().all()
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(differential="map"), dict(denominator="none"), dict(n_heads=4),
+@pytest.mark.parametrize("fields", [dict(), dict(differential="map"), dict(denominator="mass"), dict(n_heads=4),
                                     dict(attention="softmax", n_heads=4)], ids=str)
 def test_model_under_autocast_is_near_float32(fields):
     """Near, not equal: a router whose two best scores nearly tie may choose otherwise."""

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dydilit
 from dydilit import LADDER, MODELS, ModelConfig, build_model
+from lab import eq8
 from lab.cost import PAPER_GFLOPS, count_macs
 
 TINY = dict(dim=32, depth=2, image_size=64, n_classes=5)
@@ -316,6 +317,7 @@ def test_gflops_of_the_papers_tables(name, overrides, printed):
 @pytest.mark.parametrize("name, overrides", [("DiT-S/2", {}), ("Sana-S/2", {}), ("DyDi-LiT-S/2", {}),
                                              ("DyDi-LiT-S/2", dict(image_size=512)),
                                              ("DyDi-LiT-S/2", dict(differential="map")), ("DyDi-LiT-S/2", LADDER[3][1]),
+                                             ("DyDi-LiT-S/2", dict(parts=eq8.parts_with("mass"))),
                                              ("DyDi-LiT-S/2", dict(n_heads=6, image_size=512))])
 def test_honest_count_is_what_runs(name, overrides):
     """Against PyTorch's own count of the operations that a forward pass performs."""

@@ -126,6 +126,37 @@ def test_the_neighbours_table_waits_for_its_runs(capsys):
     assert "30 of 30 runs, commit abc, def" in shown and shown.count("DyDi-LiT against") == 10
 
 
+def test_the_levels_are_means_of_a_variants_own_runs(capsys):
+    columns = ("cfg2_KID", "cfg2_FID", "cfg2_precision", "cfg2_recall", "cfg1_FID", "cfg4_FID")
+    rows = [dict(variant=variant, seed=str(seed), **{column: str(i + seed / 100) for column in columns})
+            for i, variant in enumerate(verdict.VARIANTS) for seed in (*verdict.SEEDS, 7)]              # 7 is not in the plan
+    blocks = [dict(variant=variant, seed="100", row_variance=value, subtracted_q="" if variant == "dit" else "0.2")
+              for variant in verdict.VARIANTS for value in ("1", "2")]
+    verdict.print_levels(rows, blocks)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert [line[:18].strip() for line in lines] == list(verdict.NAMES.values()) and max(map(len, [title, *lines])) < 100
+    assert lines[4].split()[-8:] == ["5.04", "5.0", "5.04", "5.04", "5.0", "5.0", "1.50", "0.200"]      # 4 + the mean of 1.00 to 1.09
+    assert lines[7].split() == ["DiT", "8.04", "8.0", "8.04", "8.04", "8.0", "8.0", "1.50"]
+
+
+def test_bands_are_ratios_to_each_base(capsys):
+    losses = {verdict.OURS: 0.5, verdict.RUNG6["mass"]: 1.0, "sana": 0.5, "dit": 0.25}
+    rows = [dict(variant=variant, seed=str(seed), **{f"log_band{i}": str(math.log(loss) + seed / 100) for i in range(10)})
+            for variant, loss in losses.items() for seed in (*verdict.SEEDS, 7)]                        # 7 is not in the plan
+    verdict.print_bands(rows)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split()[2:] == [str(100 * i) for i in range(10)] and len({len(line) for line in lines}) == 1
+    assert [line.split()[-20:-18] for line in lines] == [["-50", "%"], ["+0", "%"], ["+100", "%"]]
+
+
+def test_the_stability_table_has_a_line_for_each_run(capsys):
+    line = dict(normalizer="none", model="DyDi-LiT-S/2", dtype="float32", steps="300", loss="0.1", largest_gradient_norm="2.5",
+                largest_output="4.1", largest_output_16384="0.7", finite="True")
+    verdict.print_stability([line, {**line, "normalizer": "mass"}])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and shown[1].split() == list(line.values()) and len({len(text) for text in shown}) == 1
+
+
 def test_the_picture_has_a_cell_for_each_line_and_a_frame_for_what_survives(monkeypatch):
     figures = []
     monkeypatch.setattr(plan.plt, "show", lambda: figures.append(plan.plt.gcf()))

@@ -32,7 +32,7 @@ def mix_ffn(part, cfg, n):
 
 def dydila(part, cfg, n):
     d, differential = cfg.dim, cfg.differential != "none"
-    mass = getattr(part.differential, "denominator", "mass") == "mass"      # eq8.py has others
+    mass = not differential or getattr(part.differential, "denominator", "none") == "mass"      # see eq8.py
     products = 2 * min(n, d // cfg.n_heads) * d * (2 if cfg.differential == "map" else 1)
     routers = 2 * d * cfg.n_projectors * cfg.dynamic_projection
     routers += d * cfg.n_gammas * (4 if differential else 2) * (cfg.kernel == "dynamic")

@@ -1,8 +1,8 @@
-"""Eq. 8 with other denominators than the library's, and train.py with one of them.
+"""Eq. 8 with a denominator, and train.py with it. The library has Eq. 8 as printed, which divides by nothing.
 
-    python notebooks/lab/eq8.py none train ...              train.py's commands and flags, but Eq. 8 as printed
-    python notebooks/lab/eq8.py lambda0-none train ...      and nothing is subtracted: lambda is held at 0
-    python notebooks/lab/eq8.py none sample --run RUN ...   a run's samples need the word that it was trained with
+    python notebooks/lab/eq8.py mass train ...              train.py's commands and flags, but Eq. 8 divides by the mass
+    python notebooks/lab/eq8.py lambda0-mass train ...      and nothing is subtracted: lambda is held at 0
+    python notebooks/lab/eq8.py mass sample --run RUN ...   a run's samples need the word that it was trained with
 
 Words: none, length, rms, mass and differenced, see Divided, each also with lambda0- in front. The weights have the names
 and the first values of the library's model.
@@ -48,6 +48,16 @@ class Divided(dydilit.TokenDifferential):
             used = (q - lambda_q * q_red) @ keys.transpose(-2, -1)
             out = out / torch.where(used.abs() < 1e-6, 1e-6, used)
         return dydilit.merge_heads(out)
+
+    def floored_mass(self, q, k, q_red, k_red, lambda_q, lambda_k):
+        """Eq. 4's denominator for Q and K, but at least a tenth of the one with Q', K' added. Returns (B, h, N, 1).
+
+        The tenth is our choice. It matters where Q is near zero and Q' is not.
+        """
+        with torch.no_grad():
+            keys = (k + lambda_k.abs() * k_red).sum(dim=-2, keepdim=True)           # (B, h, 1, d/h)
+            total = dydilit.attention_mass(q + lambda_q.abs() * q_red, keys)
+        return torch.maximum(dydilit.attention_mass(q, k), total / 10)
 
 
 WORDS = [prefix + name for prefix in ("", "lambda0-") for name in Divided.DENOMINATORS]

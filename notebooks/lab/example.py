@@ -14,6 +14,7 @@ from matplotlib import cbook
 
 import dydilit
 import train
+from lab.eq8 import Divided
 from lab.measures import row_entropy
 
 SIDE, WIDTH, NOISE = 16, 64, 0.5            # patches along a side; d; standard deviation of the noise on a feature
@@ -74,7 +75,8 @@ class Attention(nn.Module):
         if name in TRAINED[1:]:
             self.projection = dydilit.DynamicProjection(WIDTH, 3)
         if name in ("differential", "convolution"):
-            self.differential = dydilit.TokenDifferential(WIDTH, 5)
+            # Nothing follows that could learn the size of the output, so it has to be an average of the values.
+            self.differential = Divided.of(dydilit.TokenDifferential(WIDTH, 5), "mass")
         if name == "convolution":
             self.dwc = dydilit.ReparamDWConv(WIDTH)
             for weight in self.dwc.parameters():            # small beside the attention, to begin with

@@ -91,7 +91,7 @@ def form(variant):
     name, _, changes = variant.partition(":")
     chosen = [pair.partition("=")[2] for pair in changes.split(",") if pair.startswith("normalizer=")]
     if name == "lambda0":
-        return "lambda0-" + (chosen or ["mass"])[-1]
+        return "lambda0-" + (chosen or ["none"])[-1]
     return chosen[-1] if chosen else ""
 
 
@@ -113,7 +113,7 @@ def blocks_of(variant):
 def flags(text, known):
     """train.py's flags for a variant: a name, and after a colon fields of ModelConfig or train.py's knobs to change.
 
-    Also after the colon, normalizer=NAME is another denominator of Eq. 8. No flag says it, but the script, see form.
+    Also after the colon, normalizer=NAME is a denominator of Eq. 8. No flag says it, but the script, see form.
     """
     name, _, changes = text.partition(":")
     if name not in known:

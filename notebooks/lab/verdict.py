@@ -22,10 +22,12 @@ LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5
 RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
 RUNG6 = {n: f"rung6:normalizer={n}" for n in ("none", "mass")}          # DyDi-LiT: and with the convolution
 VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
+NAMES = dict(zip(VARIANTS, ["λ = 0, printed", "λ = 0, mass", "rung 5, printed", "rung 5, mass", "DyDi-LiT, printed",
+                            "DyDi-LiT, mass", "Sana", "DiT"]))
 SEEDS = range(100, 110)
 
 # Notebook 11: DyDi-LiT as it is by default, and its neighbours, with the first five of these seeds.
-OURS = RUNG6["mass"]
+OURS = RUNG6["none"]
 BESIDE = [OURS, *NEIGHBOURS]
 BESIDE_SEEDS = range(100, 105)
 
@@ -170,6 +172,36 @@ def print_table(table):
         low, high = (percent(line["estimate"] + side * line["half"]) for side in (-1, 1))
         interval = f"{low:+.1f} to {high:+.1f} %"
         print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %{interval:>20}{line['holm']:9.3f}")
+
+
+def print_levels(rows, blocks):
+    """Prints what else was measured, means over the runs of a variant and, in the last two columns, over their blocks."""
+    columns = {"KID": ("cfg2_KID", "7.2f"), "FID": ("cfg2_FID", "7.1f"), "precision": ("cfg2_precision", "11.2f"),
+               "recall": ("cfg2_recall", "8.2f"), "FID cfg 1": ("cfg1_FID", "11.1f"), "FID cfg 4": ("cfg4_FID", "11.1f"),
+               "row variance": ("row_variance", "14.2f"), "|λQ'|/|Q|": ("subtracted_q", "11.3f")}
+    print(" " * 18 + "".join(f"{name:>{form.split('.')[0]}}" for name, (_, form) in columns.items()))
+    for variant, name in NAMES.items():
+        mine = [row for row in (*rows, *blocks) if row["variant"] == variant and int(row["seed"]) in SEEDS]
+        found = {column: [float(row[column]) for row in mine if row.get(column)] for column, _ in columns.values()}
+        print(f"{name:18}" + "".join(f"{sum(found[c]) / len(found[c]):{form}}" for c, form in columns.values() if found[c]))
+
+
+def print_bands(rows):
+    """Prints the change of the held-out loss from a base to DyDi-LiT as it is by default, for each band of timesteps."""
+    bands = sorted(name for name in rows[0] if name.startswith("log_band"))
+    print("timesteps from      " + "".join(f"{1000 // len(bands) * i:>7}" for i in range(len(bands))))
+    for base in (RUNG6["mass"], "sana", "dit"):
+        means = [{band: np.mean([float(row[band]) for row in rows if row["variant"] == variant and int(row["seed"]) in SEEDS])
+                  for band in bands} for variant in (OURS, base)]
+        print(f"to {NAMES[base]:17}" + "".join(f"{percent(means[0][band] - means[1][band]):+5.0f} %" for band in bands))
+
+
+def print_stability(lines):
+    """Prints what stability.py found, a line per run: the loss, the largest gradient norm, the largest outputs."""
+    print(f"{'Eq. 8':8}{'model':14}{'numbers':10}{'steps':>5}{'loss':>8}{'gradient':>10}{'output':>8}{'output, 16,384 tokens':>23}{'finite':>8}")
+    for line in lines:
+        print(f"{line['normalizer']:8}{line['model']:14}{line['dtype']:10}{line['steps']:>5}{line['loss']:>8}"
+              f"{line['largest_gradient_norm']:>10}{line['largest_output']:>8}{line['largest_output_16384']:>23}{line['finite']:>8}")
 
 
 def show(rows):
