@@ -5,8 +5,11 @@ import math
 import matplotlib
 import numpy as np
 import pytest
+import torch
 
-from lab import common, ladder, plan, verdict
+import dydilit
+import train
+from lab import common, ladder, plan, silenced, verdict
 
 matplotlib.use("agg")                       # draws without a screen
 
@@ -147,6 +150,29 @@ def test_bands_are_ratios_to_each_base(capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split()[2:] == [str(100 * i) for i in range(10)] and len({len(line) for line in lines}) == 1
     assert [line.split()[-20:-18] for line in lines] == [["-50", "%"], ["+0", "%"], ["+100", "%"]]
+
+
+def test_the_loss_without_attention_is_a_ratio(capsys):
+    lines = [dict(variant=variant, seed=str(seed), held_out_log="-5", without_attention=str(-5 + math.log(1 + factor)),
+                  size="" if variant == "dit" else "0.5")
+             for variant in verdict.VARIANTS for seed, factor in ((100, 3.0), (101, 0.0), (7, 9.0))]    # 7 is not in the plan
+    verdict.print_silenced(lines)
+    title, *shown = capsys.readouterr().out.splitlines()
+    assert [line[:20].strip() for line in shown] == list(verdict.NAMES.values())
+    assert shown[0][20:].split() == ["+100.0", "%", "+0.0", "+300.0", "5.0e-01"] and shown[-1][20:].split()[-1] == "+300.0"
+
+
+@pytest.mark.parametrize("variant", ["rung6", "rung5:normalizer=mass", "sana", "dit"])
+def test_a_silenced_attention_is_one_whose_output_is_zero(variant):
+    model = dydilit.build_model(train.SMALL_MODEL, ladder.blocks_of(variant), depth=1, **{"dit": dict(attention="softmax", n_heads=4),
+                                "sana": dydilit.LADDER[0][1], "rung5:normalizer=mass": dict(dwc=False)}.get(variant, {}))
+    attn, x = model.blocks[0].attn, torch.randn(2, 64, 96)
+    before = attn(x)
+    silenced.silence(attn)
+    convolved = 0 if getattr(attn, "dwc", None) is None else attn.dwc(attn.qkv(x).chunk(3, dim=-1)[-1])
+    want = attn.proj.bias + convolved @ attn.proj.weight.T if variant == "rung6" else attn.proj.bias.expand_as(x)
+    torch.testing.assert_close(attn(x), want)
+    assert not torch.allclose(before, want)
 
 
 def test_the_stability_table_has_a_line_for_each_run(capsys):

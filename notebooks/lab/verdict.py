@@ -196,6 +196,17 @@ def print_bands(rows):
         print(f"to {NAMES[base]:17}" + "".join(f"{percent(means[0][band] - means[1][band]):+5.0f} %" for band in bands))
 
 
+def print_silenced(lines):
+    """Prints what silenced.py found: by how much a variant's loss grows without its attention, mean and range of its runs."""
+    print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
+    for variant, name in NAMES.items():
+        mine = [line for line in lines if line["variant"] == variant and int(line["seed"]) in SEEDS]
+        growth = sorted(float(line["without_attention"]) - float(line["held_out_log"]) for line in mine)
+        sizes = [float(line["size"]) for line in mine if line["size"]]
+        print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}{percent(growth[-1]):>+10,.1f}"
+              + (f"{np.median(sizes):>14.1e}" if sizes else ""))
+
+
 def print_stability(lines):
     """Prints what stability.py found, a line per run: the loss, the largest gradient norm, the largest outputs."""
     print(f"{'Eq. 8':8}{'model':14}{'numbers':10}{'steps':>5}{'loss':>8}{'gradient':>10}{'output':>8}{'output, 16,384 tokens':>23}{'finite':>8}")

@@ -1,0 +1,73 @@
+"""What a trained model loses without its attention: each run of ladder.py, its attention's output set to zero.
+
+    python notebooks/lab/silenced.py runs/verdict DIR > notebooks/results/verdict/silenced.csv
+
+DIR: the data, as for ladder.py. A line per run: the loss of 50 held-out images as training weighs it, a mean logarithm, as it
+is and without attention, and how large the attention's output is beside the values, the mean over blocks of a ratio of
+norms. A convolution on V stays. Nothing is trained again.
+"""
+import pathlib
+import sys
+
+import torch
+
+sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
+import dydilit  # noqa: E402
+import train  # noqa: E402
+from lab import ladder, verdict  # noqa: E402
+
+
+def silence(attn):
+    """Sets to zero what the attention adds, in place. The convolution on V and the bias of the projection stay."""
+    if getattr(attn, "differential", None) is not None:
+        attn.differential.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out))
+    elif getattr(attn, "dwc", None) is None:                # all that the projection gets comes from the attention
+        attn.proj.register_forward_pre_hook(lambda module, inputs: torch.zeros_like(inputs[0]))
+    else:
+        raise ValueError("silence: a convolution without a differential is not told from the attention")
+
+
+@torch.no_grad()
+def relative_size(model, data, n=50):
+    """|attention's output| / |V|, means over tokens, of n held-out images at all noise levels; the mean over blocks."""
+    ratios = []
+
+    def of_difference(module, inputs, out):
+        ratios.append((out.norm(dim=-1).mean() / inputs[4].norm(dim=-1).mean()).item())
+
+    hooks = [block.attn.differential.register_forward_hook(of_difference) for block in model.blocks
+             if getattr(block.attn, "differential", None) is not None]
+    t = torch.randint(1000, (n,), generator=torch.Generator().manual_seed(0))
+    _, x_t, _, y = ladder.noisy(data, t, seed=0)
+    model(*(a.to(model.pos_embed.device) for a in (x_t, t, y)))
+    for hook in hooks:
+        hook.remove()
+    return sum(ratios) / len(ratios) if ratios else ""
+
+
+def losses_of(folder, variant, data):
+    """The line of a run: the loss, the loss without attention, and relative_size."""
+    parts = ladder.blocks_of(variant)
+    model = train.trained_model(train.load_checkpoint(folder / "checkpoint.pt", parts), train.pick_device(), parts=parts)
+    size, whole = relative_size(model, data), ladder.held_out_losses(model, data)[1]
+    for block in model.blocks:
+        silence(block.attn)
+    without = ladder.held_out_losses(model, data)[1]
+    return dict(held_out_log=sum(whole) / len(whole), without_attention=sum(without) / len(without), size=size)
+
+
+def main(runs, data_dir):
+    runs = pathlib.Path(runs)
+    lines = [line for line in verdict.read(runs / "runs.csv") if line["variant"] in verdict.VARIANTS]
+    print("variant,seed,held_out_log,without_attention,size")
+    for line in lines:
+        folder = runs / f"{line['data']}-{line['model'].replace('/', '-')}"
+        folder /= f"{line['variant'].replace(':', '-')}-{line['steps']}-{line['seed']}"
+        found = losses_of(folder, line["variant"], ladder.held_out(line["data"], data_dir, 50))
+        print(line["variant"], line["seed"], *(f"{x:.6g}" if x != "" else x for x in found.values()), sep=",", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    train.explained(main, *sys.argv[1:])
