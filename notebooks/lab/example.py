@@ -65,7 +65,7 @@ def example(seed=0):
 
 
 class Attention(nn.Module):
-    """One kind of attention on the example's projections, from the library's own parts. name: of NAMES or TRAINED."""
+    """One kind of attention on the example's projections, from the library's parts. name: of NAMES or TRAINED."""
 
     def __init__(self, name, ex):
         super().__init__()

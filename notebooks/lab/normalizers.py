@@ -3,7 +3,7 @@
     python notebooks/lab/normalizers.py --data cifar10 --data-dir DIR > normalizers.csv
 
 Prints, per seed and normalizer, the loss on held-out images with fixed noise and the largest gradient norm on the way.
-They are those of eq8.py. The library has one of them.
+They are those of eq8.py. The library has `none`.
 """
 import argparse
 import math
