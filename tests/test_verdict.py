@@ -142,6 +142,12 @@ def test_the_levels_are_means_of_a_variants_own_runs(capsys):
     assert lines[7].split() == ["DiT", "8.04", "8.0", "8.04", "8.04", "8.0", "8.0", "1.50"]
 
 
+def test_the_levels_begin_with_the_squared_error(capsys):
+    verdict.print_levels([dict(variant=variant, seed="100", held_out_loss="0.0305") for variant in verdict.VARIANTS], [])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split()[0] == "error" and all(line.endswith(" 0.0305") and len(line) == title.index("error") + 5 for line in lines)
+
+
 def test_bands_are_ratios_to_each_base(capsys):
     losses = {verdict.OURS: 0.5, verdict.RUNG6["mass"]: 1.0, "sana": 0.5, "dit": 0.25}
     rows = [dict(variant=variant, seed=str(seed), **{f"log_band{i}": str(math.log(loss) + seed / 100) for i in range(10)})

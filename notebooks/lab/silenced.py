@@ -2,10 +2,11 @@
 
     python notebooks/lab/silenced.py runs/verdict DIR > notebooks/results/verdict/silenced.csv
 
-DIR: the data, as for ladder.py. A line per run: the loss of 50 held-out images as training weighs it, a mean logarithm, as it
-is and without attention, and how large the attention's output is beside the values, the mean over blocks of a ratio of
-norms. A convolution on V stays. Nothing is trained again.
+DIR has the data, as for ladder.py. Prints a line per run. It has the loss of 50 held-out images as training weighs it, a mean
+logarithm, with and without attention. The last column is the length of the attention's output beside that of the values,
+the mean over blocks. A convolution on V stays. Nothing is trained again.
 """
+import argparse
 import pathlib
 import sys
 
@@ -46,25 +47,26 @@ def relative_size(model, data, n=50):
 
 
 def losses_of(folder, variant, data):
-    """The line of a run: the loss, the loss without attention, and relative_size."""
+    """Of a run: the loss, the loss without attention, and relative_size."""
     parts = ladder.blocks_of(variant)
     model = train.trained_model(train.load_checkpoint(folder / "checkpoint.pt", parts), train.pick_device(), parts=parts)
     size, whole = relative_size(model, data), ladder.held_out_losses(model, data)[1]
     for block in model.blocks:
         silence(block.attn)
     without = ladder.held_out_losses(model, data)[1]
-    return dict(held_out_log=sum(whole) / len(whole), without_attention=sum(without) / len(without), size=size)
+    return sum(whole) / len(whole), sum(without) / len(without), size
 
 
 def main(runs, data_dir):
     runs = pathlib.Path(runs)
-    lines = [line for line in verdict.read(runs / "runs.csv") if line["variant"] in verdict.VARIANTS]
+    lines = verdict.chosen(verdict.read(runs / "runs.csv"), verdict.VARIANTS)
+    images = {data: ladder.held_out(data, data_dir, 50) for data in {line["data"] for line in lines}}
     print("variant,seed,held_out_log,without_attention,size")
     for line in lines:
-        folder = runs / f"{line['data']}-{line['model'].replace('/', '-')}"
-        folder /= f"{line['variant'].replace(':', '-')}-{line['steps']}-{line['seed']}"
-        found = losses_of(folder, line["variant"], ladder.held_out(line["data"], data_dir, 50))
-        print(line["variant"], line["seed"], *(f"{x:.6g}" if x != "" else x for x in found.values()), sep=",", flush=True)
+        args = argparse.Namespace(out=runs, model=line["model"])
+        folder = ladder.run_folder(args, *(line[key] for key in ("data", "variant", "steps", "seed")))
+        found = losses_of(folder, line["variant"], images[line["data"]])
+        print(line["variant"], line["seed"], *(f"{x:.6g}" if x != "" else x for x in found), sep=",", flush=True)
 
 
 if __name__ == "__main__":

@@ -115,9 +115,14 @@ def holm(p):
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
 
+def chosen(rows, variants, seeds=SEEDS):
+    """The rows of these variants and seeds."""
+    return [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+
+
 def fits_of(rows, variants, seeds):
     """{measure: TwoWay of the rows of these variants and seeds}."""
-    rows = [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+    rows = chosen(rows, variants, seeds)
     return {name: TwoWay({(row["variant"], int(row["seed"])): value(row) for row in rows})
             for name, value in MEASURES.items()}
 
@@ -157,7 +162,7 @@ def percent(log_ratio):
 
 def complete(rows, variants, seeds):
     """Prints which runs there are. Whether they are all there."""
-    rows = [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+    rows = chosen(rows, variants, seeds)
     print(f"{len(rows)} of {len(variants) * len(seeds)} runs, commit " + ", ".join(sorted({row["commit"] for row in rows})))
     missing = [variant for variant in variants if sum(row["variant"] == variant for row in rows) < len(seeds)]
     if missing:
@@ -176,12 +181,13 @@ def print_table(table):
 
 def print_levels(rows, blocks):
     """Prints what else was measured, means over the runs of a variant and, in the last two columns, over their blocks."""
-    columns = {"KID": ("cfg2_KID", "7.2f"), "FID": ("cfg2_FID", "7.1f"), "precision": ("cfg2_precision", "11.2f"),
-               "recall": ("cfg2_recall", "8.2f"), "FID cfg 1": ("cfg1_FID", "11.1f"), "FID cfg 4": ("cfg4_FID", "11.1f"),
-               "row variance": ("row_variance", "14.2f"), "|λQ'|/|Q|": ("subtracted_q", "11.3f")}
+    columns = {"error": ("held_out_loss", "8.4f"), "KID": ("cfg2_KID", "6.2f"), "FID": ("cfg2_FID", "7.1f"),
+               "precision": ("cfg2_precision", "10.2f"), "recall": ("cfg2_recall", "7.2f"),
+               "FID cfg 1": ("cfg1_FID", "10.1f"), "FID cfg 4": ("cfg4_FID", "10.1f"),
+               "row variance": ("row_variance", "13.2f"), "|λQ'|/|Q|": ("subtracted_q", "10.3f")}
     print(" " * 18 + "".join(f"{name:>{form.split('.')[0]}}" for name, (_, form) in columns.items()))
     for variant, name in NAMES.items():
-        mine = [row for row in (*rows, *blocks) if row["variant"] == variant and int(row["seed"]) in SEEDS]
+        mine = chosen([*rows, *blocks], [variant])
         found = {column: [float(row[column]) for row in mine if row.get(column)] for column, _ in columns.values()}
         print(f"{name:18}" + "".join(f"{sum(found[c]) / len(found[c]):{form}}" for c, form in columns.values() if found[c]))
 
@@ -190,17 +196,17 @@ def print_bands(rows):
     """Prints the change of the held-out loss from a base to DyDi-LiT as it is by default, for each band of timesteps."""
     bands = sorted(name for name in rows[0] if name.startswith("log_band"))
     print("timesteps from      " + "".join(f"{1000 // len(bands) * i:>7}" for i in range(len(bands))))
+    means = {variant: np.mean([[float(row[band]) for band in bands] for row in chosen(rows, [variant])], axis=0)
+             for variant in (OURS, RUNG6["mass"], "sana", "dit")}
     for base in (RUNG6["mass"], "sana", "dit"):
-        means = [{band: np.mean([float(row[band]) for row in rows if row["variant"] == variant and int(row["seed"]) in SEEDS])
-                  for band in bands} for variant in (OURS, base)]
-        print(f"to {NAMES[base]:17}" + "".join(f"{percent(means[0][band] - means[1][band]):+5.0f} %" for band in bands))
+        print(f"to {NAMES[base]:17}" + "".join(f"{percent(change):+5.0f} %" for change in means[OURS] - means[base]))
 
 
 def print_silenced(lines):
     """Prints what silenced.py found: by how much a variant's loss grows without its attention, mean and range of its runs."""
     print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
     for variant, name in NAMES.items():
-        mine = [line for line in lines if line["variant"] == variant and int(line["seed"]) in SEEDS]
+        mine = chosen(lines, [variant])
         growth = sorted(float(line["without_attention"]) - float(line["held_out_log"]) for line in mine)
         sizes = [float(line["size"]) for line in mine if line["size"]]
         print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}{percent(growth[-1]):>+10,.1f}"
@@ -209,10 +215,10 @@ def print_silenced(lines):
 
 def print_stability(lines):
     """Prints what stability.py found, a line per run: the loss, the largest gradient norm, the largest outputs."""
-    print(f"{'Eq. 8':8}{'model':14}{'numbers':10}{'steps':>5}{'loss':>8}{'gradient':>10}{'output':>8}{'output, 16,384 tokens':>23}{'finite':>8}")
+    form = "{:8}{:14}{:10}{:>5}{:>8}{:>10}{:>8}{:>23}{:>8}"
+    print(form.format("Eq. 8", "model", "numbers", "steps", "loss", "gradient", "output", "output, 16,384 tokens", "finite"))
     for line in lines:
-        print(f"{line['normalizer']:8}{line['model']:14}{line['dtype']:10}{line['steps']:>5}{line['loss']:>8}"
-              f"{line['largest_gradient_norm']:>10}{line['largest_output']:>8}{line['largest_output_16384']:>23}{line['finite']:>8}")
+        print(form.format(*line.values()))
 
 
 def show(rows):
