@@ -10,6 +10,7 @@ import torch
 import dydilit
 import train
 from lab import common, ladder, plan, silenced, verdict
+from lab.neighbours import NEIGHBOURS
 
 matplotlib.use("agg")                       # draws without a screen
 
@@ -145,7 +146,10 @@ def test_the_levels_are_means_of_a_variants_own_runs(capsys):
 def test_the_levels_begin_with_the_squared_error(capsys):
     verdict.print_levels([dict(variant=variant, seed="100", held_out_loss="0.0305") for variant in verdict.VARIANTS], [])
     title, *lines = capsys.readouterr().out.splitlines()
-    assert title.split()[0] == "error" and all(line.endswith(" 0.0305") and len(line) == title.index("error") + 5 for line in lines)
+    assert title.split() == ["error"] and all(line.endswith(" 0.0305") and len(line) == title.index("error") + 5 for line in lines)
+    rows = [dict(variant="lit", seed=str(seed), held_out_loss=f"0.{seed}") for seed in (100, 102, 109)]
+    verdict.print_levels(rows, [], {"lit": "LiT"}, verdict.BESIDE_SEEDS)                                # 109 is not in the plan
+    assert capsys.readouterr().out.splitlines()[1].split() == ["LiT", "0.1010"]
 
 
 def test_bands_are_ratios_to_each_base(capsys):
@@ -177,6 +181,21 @@ def test_a_silenced_attention_is_one_whose_output_is_zero(variant):
     silenced.silence(attn)
     convolved = 0 if getattr(attn, "dwc", None) is None else attn.dwc(attn.qkv(x).chunk(3, dim=-1)[-1])
     want = attn.proj.bias + convolved @ attn.proj.weight.T if variant == "rung6" else attn.proj.bias.expand_as(x)
+    torch.testing.assert_close(attn(x), want)
+    assert not torch.allclose(before, want)
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_silenced_neighbour_keeps_only_bias_and_convolution(name):
+    attn = dydilit.build_model(train.SMALL_MODEL, NEIGHBOURS[name], depth=2, n_heads=6).blocks[1].attn
+    x, bias = torch.randn(2, 64, 96), 0 if attn.proj.bias is None else attn.proj.bias
+    before = attn(x)
+    silenced.silence(attn)
+    want = torch.zeros_like(x) + bias
+    if name == "lit":
+        heads = attn.qkv(x).chunk(3, dim=-1)[-1].unflatten(-1, (2, 48))                                 # (B, N, h, d/h)
+        images = heads.permute(0, 2, 3, 1).reshape(4, 48, 8, 8)                                         # (B h, d/h, side, side)
+        want = attn.proj(attn.dwc(images).reshape(2, 96, 64).transpose(1, 2))
     torch.testing.assert_close(attn(x), want)
     assert not torch.allclose(before, want)
 

@@ -16,12 +16,18 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import ladder, verdict  # noqa: E402
+from lab.neighbours import NEIGHBOURS, FewHeadLinearAttention  # noqa: E402
 
 
 def silence(attn):
     """Sets to zero what the attention adds, in place. The convolution on V and the bias of the projection stay."""
     if getattr(attn, "differential", None) is not None:
         attn.differential.register_forward_hook(lambda module, inputs, out: torch.zeros_like(out))
+    elif isinstance(attn, FewHeadLinearAttention):          # ReLU attention to keys of zero is zero
+        def without_keys(module, inputs, out):
+            q, k, v = out.chunk(3, dim=-1)
+            return torch.cat([q, torch.zeros_like(k), v], dim=-1)
+        attn.qkv.register_forward_hook(without_keys)
     elif getattr(attn, "dwc", None) is None:                # all that the projection gets comes from the attention
         attn.proj.register_forward_pre_hook(lambda module, inputs: torch.zeros_like(inputs[0]))
     else:
@@ -59,7 +65,7 @@ def losses_of(folder, variant, data):
 
 def main(runs, data_dir):
     runs = pathlib.Path(runs)
-    lines = verdict.chosen(verdict.read(runs / "runs.csv"), verdict.VARIANTS)
+    lines = verdict.chosen(verdict.read(runs / "runs.csv"), [*verdict.VARIANTS, *NEIGHBOURS])
     images = {data: ladder.held_out(data, data_dir, 50) for data in {line["data"] for line in lines}}
     print("variant,seed,held_out_log,without_attention,size")
     for line in lines:

@@ -179,15 +179,18 @@ def print_table(table):
         print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %{interval:>20}{line['holm']:9.3f}")
 
 
-def print_levels(rows, blocks):
-    """Prints what else was measured, means over the runs of a variant and, in the last two columns, over their blocks."""
+def print_levels(rows, blocks, names=NAMES, seeds=SEEDS):
+    """Prints what else was measured, means over the runs of a variant and, in the last two columns, over their blocks.
+
+    names: what to call each variant. A column that has no numbers is left out."""
     columns = {"error": ("held_out_loss", "8.4f"), "KID": ("cfg2_KID", "6.2f"), "FID": ("cfg2_FID", "7.1f"),
                "precision": ("cfg2_precision", "10.2f"), "recall": ("cfg2_recall", "7.2f"),
                "FID cfg 1": ("cfg1_FID", "10.1f"), "FID cfg 4": ("cfg4_FID", "10.1f"),
                "row variance": ("row_variance", "13.2f"), "|λQ'|/|Q|": ("subtracted_q", "10.3f")}
+    columns = {name: (column, form) for name, (column, form) in columns.items() if any(row.get(column) for row in [*rows, *blocks])}
     print(" " * 18 + "".join(f"{name:>{form.split('.')[0]}}" for name, (_, form) in columns.items()))
-    for variant, name in NAMES.items():
-        mine = chosen([*rows, *blocks], [variant])
+    for variant, name in names.items():
+        mine = chosen([*rows, *blocks], [variant], seeds)
         found = {column: [float(row[column]) for row in mine if row.get(column)] for column, _ in columns.values()}
         print(f"{name:18}" + "".join(f"{sum(found[c]) / len(found[c]):{form}}" for c, form in columns.values() if found[c]))
 
@@ -202,11 +205,11 @@ def print_bands(rows):
         print(f"to {NAMES[base]:17}" + "".join(f"{percent(change):+5.0f} %" for change in means[OURS] - means[base]))
 
 
-def print_silenced(lines):
+def print_silenced(lines, names=NAMES, seeds=SEEDS):
     """Prints what silenced.py found: by how much a variant's loss grows without its attention, mean and range of its runs."""
     print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
-    for variant, name in NAMES.items():
-        mine = chosen(lines, [variant])
+    for variant, name in names.items():
+        mine = chosen(lines, [variant], seeds)
         growth = sorted(float(line["without_attention"]) - float(line["held_out_log"]) for line in mine)
         sizes = [float(line["size"]) for line in mine if line["size"]]
         print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}{percent(growth[-1]):>+10,.1f}"
