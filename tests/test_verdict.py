@@ -160,6 +160,9 @@ def test_bands_are_ratios_to_each_base(capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split()[2:] == [str(100 * i) for i in range(10)] and len({len(line) for line in lines}) == 1
     assert [line.split()[-20:-18] for line in lines] == [["-50", "%"], ["+0", "%"], ["+100", "%"]]
+    rows += [dict(variant="lit", seed="100", **{f"log_band{i}": str(math.log(0.625) + 1) for i in range(10)})]
+    verdict.print_bands(rows, ["lit"], {"lit": "LiT"}, range(100, 101))
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["to", "LiT", "-20", "%"]
 
 
 def test_the_loss_without_attention_is_a_ratio(capsys):

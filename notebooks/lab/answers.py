@@ -142,7 +142,7 @@ def show_whole(depths, coefficients, tolerance):
 
 def show_runs(rows):
     """Every run of the eight systems in both measures, and each system's mean as a bar. rows: of runs.csv."""
-    _, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
+    _, axes = plt.subplots(1, 2, figsize=(12.6, 4.6), sharey=True, gridspec_kw={"wspace": 0.12})
     for ax, (measure, value) in zip(axes, verdict.MEASURES.items()):
         for i, (name, variant) in enumerate(VARIANTS.items()):
             values = [np.exp(value(row)) for row in rows if row["variant"] == variant and int(row["seed"]) in verdict.BESIDE_SEEDS]

@@ -1,7 +1,6 @@
 """How long things take beside each other. The sides alternate in one process; ratios of medians, no absolute promises.
 
-    python notebooks/lab/benchmark.py                  everything, 20 to 30 minutes on two CPU cores and lesson 11's
-                                                       neighbours, which were not timed as a whole
+    python notebooks/lab/benchmark.py                  everything, 25 to 40 minutes on two CPU cores
     python notebooks/lab/benchmark.py step routed      of: step, compiled, routed, length, resolution, guidance, memory,
                                                        neighbours
 

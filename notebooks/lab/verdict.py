@@ -195,14 +195,14 @@ def print_levels(rows, blocks, names=NAMES, seeds=SEEDS):
         print(f"{name:18}" + "".join(f"{sum(found[c]) / len(found[c]):{form}}" for c, form in columns.values() if found[c]))
 
 
-def print_bands(rows):
+def print_bands(rows, bases=(RUNG6["mass"], "sana", "dit"), names=NAMES, seeds=SEEDS):
     """Prints the change of the held-out loss from a base to DyDi-LiT as it is by default, for each band of timesteps."""
     bands = sorted(name for name in rows[0] if name.startswith("log_band"))
     print("timesteps from      " + "".join(f"{1000 // len(bands) * i:>7}" for i in range(len(bands))))
-    means = {variant: np.mean([[float(row[band]) for band in bands] for row in chosen(rows, [variant])], axis=0)
-             for variant in (OURS, RUNG6["mass"], "sana", "dit")}
-    for base in (RUNG6["mass"], "sana", "dit"):
-        print(f"to {NAMES[base]:17}" + "".join(f"{percent(change):+5.0f} %" for change in means[OURS] - means[base]))
+    means = {variant: np.mean([[float(row[band]) for band in bands] for row in chosen(rows, [variant], seeds)], axis=0)
+             for variant in (OURS, *bases)}
+    for base in bases:
+        print(f"to {names[base]:17}" + "".join(f"{percent(change):+5.0f} %" for change in means[OURS] - means[base]))
 
 
 def print_silenced(lines, names=NAMES, seeds=SEEDS):
