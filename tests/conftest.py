@@ -39,3 +39,10 @@ def surroundings(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if request.module.__name__ != "test_notebooks":
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def known():
+    """ladder.py's variants of the small model for CIFAR-10. To find their widths takes seconds."""
+    from lab import ladder
+    return ladder.variants("DyDi-LiT-XS/4", dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))

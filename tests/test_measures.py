@@ -208,17 +208,28 @@ BAD = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("argv, says", BAD, ids=[says[:30] for _, says in BAD])
-def test_bad_input_is_named_in_one_line(tmp_path, argv, says):
+def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capsys, argv, says):
     images, labels = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
     npz(tmp_path / "ref.npz", images, labels)
     npz(tmp_path / "small.npz", images[:, :16, :16], labels)
     npz(tmp_path / "floats.npz", images / 2, labels)
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "pickle.npz", arr_0=np.array([{"a": 1}] * 5, dtype=object), arr_1=labels[:5])
-    done = subprocess.run([sys.executable, NOTEBOOKS / "lab/measures.py", *argv], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("measures.py: ") and says in done.stderr
-    assert done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["measures.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        train.explained(measures.main)
+    line = end.value.code                                                       # Python prints it and exits with 1
+    assert line.startswith("measures.py: ") and says in line and "\n" not in line
+    assert capsys.readouterr().err == ""
+
+
+def test_bad_input_ends_the_program(tmp_path):
+    done = subprocess.run([sys.executable, NOTEBOOKS / "lab/measures.py", "none.npz", "ref.npz"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("measures.py: none.npz: ") and done.stderr.count("\n") == 1
 
 
 # ---- the ladder ----
@@ -244,11 +255,6 @@ def test_attention_map_is_what_the_module_applies(overrides):
 
 
 BASE = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)
-
-
-@pytest.fixture(scope="module")
-def known():
-    return ladder.variants(train.SMALL_MODEL, BASE)
 
 
 def test_variants_are_those_of_the_tables(known):

@@ -250,7 +250,6 @@ def test_samples_come_with_their_nearest_training_pictures(tmp_path, monkeypatch
     assert [label.get_text() for label in ax.get_yticklabels()] == list(plan.SHOWN)
 
 
-def test_the_variants_are_those_of_the_ladder():
-    known = ladder.variants("DyDi-LiT-XS/4", dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
+def test_the_variants_are_those_of_the_ladder(known):
     for variant in verdict.VARIANTS + verdict.BESIDE:
         ladder.flags(variant, known)
