@@ -145,11 +145,9 @@ def show_runs(rows):
     _, axes = plt.subplots(1, 2, figsize=(12.6, 4.6), sharey=True, gridspec_kw={"wspace": 0.12})
     for ax, (measure, value) in zip(axes, verdict.MEASURES.items()):
         for i, (name, variant) in enumerate(VARIANTS.items()):
-            values = [np.exp(value(row)) for row in rows if row["variant"] == variant and int(row["seed"]) in verdict.BESIDE_SEEDS]
-            if not values:
-                continue
-            ax.plot(values, [i] * len(values), linestyle="", marker="o", color=LOOKS[name][0], alpha=0.6)
-            ax.plot(np.exp(np.mean(np.log(values))), i, linestyle="", marker="|", markersize=26, markeredgewidth=3, color=LOOKS[name][0])
+            logs = [value(row) for row in verdict.chosen(rows, [variant], verdict.BESIDE_SEEDS)]
+            ax.plot(np.exp(logs), [i] * len(logs), linestyle="", marker="o", color=LOOKS[name][0], alpha=0.6)
+            ax.plot(np.exp(np.mean(logs)), i, linestyle="", marker="|", markersize=26, markeredgewidth=3, color=LOOKS[name][0])
         ax.set(xlabel=measure + ", less is better", xscale="log", yticks=range(len(VARIANTS)), yticklabels=list(VARIANTS))
         low, high = ax.get_xlim()
         ticks = [float(f"{tick:.2g}") for tick in np.geomspace(1.02 * low, high / 1.02, 5)]
@@ -165,9 +163,7 @@ def keep_samples(folder, out):
 
 
 def show_samples(path):
-    """The grid that keep_samples kept, a row per system; nothing where there is no such file."""
-    if not path.exists():
-        return
+    """The grid that keep_samples kept, a row per system."""
     with np.load(path) as file:
         figures.show_images(torch.from_numpy(file["images"]).permute(0, 1, 4, 2, 3) / 127.5 - 1, list(file["names"]))
 

@@ -187,10 +187,11 @@ def print_levels(rows, blocks, names=NAMES, seeds=SEEDS):
                "precision": ("cfg2_precision", "10.2f"), "recall": ("cfg2_recall", "7.2f"),
                "FID cfg 1": ("cfg1_FID", "10.1f"), "FID cfg 4": ("cfg4_FID", "10.1f"),
                "row variance": ("row_variance", "13.2f"), "|λQ'|/|Q|": ("subtracted_q", "10.3f")}
-    columns = {name: (column, form) for name, (column, form) in columns.items() if any(row.get(column) for row in [*rows, *blocks])}
+    lines = [*rows, *blocks]
+    columns = {name: (column, form) for name, (column, form) in columns.items() if any(line.get(column) for line in lines)}
     print(" " * 18 + "".join(f"{name:>{form.split('.')[0]}}" for name, (_, form) in columns.items()))
     for variant, name in names.items():
-        mine = chosen([*rows, *blocks], [variant], seeds)
+        mine = chosen(lines, [variant], seeds)
         found = {column: [float(row[column]) for row in mine if row.get(column)] for column, _ in columns.values()}
         print(f"{name:18}" + "".join(f"{sum(found[c]) / len(found[c]):{form}}" for c, form in columns.values() if found[c]))
 
