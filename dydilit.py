@@ -40,8 +40,14 @@ def softmax_attention(q, k, v):
 
 
 def at_least_float32(x):
-    """x in float32 if it is in half precision. Sums over N tokens need the digits."""
+    """x in float32 if it is in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def precise_matmul(a, b):
+    """a @ b, at least in float32, also under autocast. Sums over N tokens need the digits."""
+    with torch.autocast(a.device.type, enabled=False):
+        return at_least_float32(a) @ at_least_float32(b)
 
 
 def attention_product(q, k, v):
@@ -49,19 +55,15 @@ def attention_product(q, k, v):
 
     With e = d, (q k^T) v costs 2 N^2 d multiply-accumulates and q (k^T v) costs 2 N d^2.
     q, k: (..., N, d); v: (..., N, e). Returns (..., N, e)."""
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
-        n, d = k.shape[-2:]
-        if n <= d:
-            return (q @ k.transpose(-2, -1)) @ v            # (..., N, N) in between
-        return q @ (k.transpose(-2, -1) @ v)                # (..., d, e) in between
+    n, d = k.shape[-2:]
+    if n <= d:
+        return precise_matmul(precise_matmul(q, k.transpose(-2, -1)), v)    # (..., N, N) in between
+    return precise_matmul(q, precise_matmul(k.transpose(-2, -1), v))        # (..., d, e) in between
 
 
 def attention_mass(q, k):
     """The denominator of Eq. 4, at least EPS. q, k: (..., N, d), non-negative -> (..., N, 1)."""
-    with torch.autocast(q.device.type, enabled=False):
-        q, k = at_least_float32(q), at_least_float32(k)
-        return (q @ k.sum(dim=-2).unsqueeze(-1)).clamp_min(EPS)
+    return precise_matmul(q, at_least_float32(k).sum(dim=-2).unsqueeze(-1)).clamp_min(EPS)
 
 
 def linear_attention(q, k, v):
@@ -95,16 +97,21 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, dim))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x):
-        """x: (..., d). Returns index (...), int64, and the same choice as a one-hot (..., n)."""
-        with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(at_least_float32(x), self.weight)             # (..., n)
-        index = scores.argmax(dim=-1)
-        one_hot = F.one_hot(index, scores.shape[-1]).to(scores.dtype)
-        soft = scores.softmax(dim=-1)
-        # Forward, the bracket is exactly zero and the one-hot is what remains.
-        # Backward, the one-hot is a constant and the gradient is that of the softmax.
-        return index, one_hot + (soft - soft.detach())
+    def forward(self, *parts):
+        """parts: (..., d_i), which stand for their concatenation (..., d), so the scores add up.
+
+        Returns each token's choice as a one-hot (..., n)."""
+        columns = self.weight.split([part.shape[-1] for part in parts], dim=-1)
+        return straight_through(sum(precise_matmul(x, w.T) for x, w in zip(parts, columns)))
+
+
+def straight_through(scores):
+    """The largest score of each token as a one-hot, with the gradient of the softmax. (..., n)."""
+    one_hot = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+    soft = scores.softmax(dim=-1)
+    # Forward, the bracket is exactly zero and the one-hot is what remains.
+    # Backward, the one-hot is a constant and the gradient is that of the softmax.
+    return one_hot + (soft - soft.detach())
 
 
 # ---- Dynamic projection module (Eq. 1-2) ---------------------------------------------------------
@@ -152,7 +159,8 @@ class DynamicProjection(nn.Module):
         """x: (B, N, d). Returns the routed pair, (B, N, d) each."""
         pair = []
         for router, weight in [(self.router_q, self.weight_q), (self.router_k, self.weight_k)]:
-            index, choice = router(x)                                       # (B, N), (B, N, n)
+            choice = router(x)                                              # (B, N, n)
+            index = choice.argmax(dim=-1)                                   # (B, N)
             y = routed_linear(x.flatten(0, 1), weight, index.flatten()).view(x.shape)
             # The gate is 1 forward. Backward, it brings the router the gradient of the chosen entry
             # alone, because the others would need the outputs of projectors that did not run.
@@ -175,8 +183,8 @@ def focused_kernel(z, gamma):
     largest = z.detach().amax(dim=-1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1)
     z = F.relu(z / scale)
-    # z^gamma. Zeros are kept out of the logarithm, whose gradient there is not finite.
-    power = torch.where(z > 0, (gamma * torch.where(z > 0, z, 1).log2()).exp2(), 0)
+    # z^gamma as z z^(gamma - 1), which is 0 where z is 0. The logarithm never sees that zero.
+    power = z * ((gamma - 1) * (z + 1e-30).log2()).exp2()
     norm, power_norm = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (z, power))
     return power * (norm / power_norm.clamp_min(1) * scale)         # power_norm < 1 only if z is 0
 
@@ -194,7 +202,7 @@ class DynamicMeasureKernel(nn.Module):
 
     def forward(self, *sets):
         """sets: n_sets tensors (B, N, d). Returns a list of as many, non-negative, in float32."""
-        choices = [router(z)[1] for router, z in zip(self.routers, sets, strict=True)]
+        choices = [router(z) for router, z in zip(self.routers, sets, strict=True)]
         return [focused_kernel(z, pick(choice, self.gammas)) for z, choice in zip(sets, choices)]
 
 
@@ -234,8 +242,8 @@ class TokenDifferential(nn.Module):
         self.router_q = Router(2 * dim, n_lambdas)
         self.router_k = Router(2 * dim, n_lambdas) if paradigm == "token" else None
 
-    def forward(self, q, k, q_red, k_red, v, n_heads=1):
-        """q, k, q_red, k_red: (B, N, d), kernelized; v: (B, N, d). Returns (B, N, d)."""
+    def forward(self, q, q_red, k, k_red, v, n_heads=1):
+        """q, q_red, k, k_red: (B, N, d), kernelized; v: (B, N, d). Returns (B, N, d)."""
         lambda_q = self.choose(self.router_q, q, q_red)                     # Eq. 7, (B, 1, N, 1)
         lambda_k = self.choose(self.router_k, k, k_red) if self.paradigm == "token" else None
         q, k, q_red, k_red, v = (split_heads(x, n_heads) for x in (q, k, q_red, k_red, v))
@@ -247,8 +255,7 @@ class TokenDifferential(nn.Module):
 
     def choose(self, router, x, x_red):
         """Eq. 7. x, x_red: (B, N, d). Returns each token's factor, (B, 1, N, 1) for all heads."""
-        _, choice = router(torch.cat([x, x_red], dim=-1))
-        return pick(choice, self.lambdas).unsqueeze(1)
+        return pick(router(x, x_red), self.lambdas).unsqueeze(1)
 
 
 # ---- Re-parameterized depth-wise convolution (the second term of Eq. 9) --------------------------
@@ -378,7 +385,8 @@ class DyDiLA(nn.Module):
         else:
             sets = [F.relu(z) for z in sets]                                # Sana
         if self.differential is not None:
-            out = self.differential(*sets, v, self.cfg.n_heads)             # Eq. 8
+            q, k, q_red, k_red = sets
+            out = self.differential(q, q_red, k, k_red, v, self.cfg.n_heads)        # Eq. 8
         else:
             q, k, heads_v = (split_heads(t, self.cfg.n_heads) for t in [*sets, v])
             out = merge_heads(linear_attention(q, k, heads_v))              # Eq. 4

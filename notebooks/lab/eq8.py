@@ -4,7 +4,7 @@
     python notebooks/lab/eq8.py lambda0-mass train ...      and nothing is subtracted: lambda is held at 0
     python notebooks/lab/eq8.py mass sample --run RUN ...   a run's samples need the word that it was trained with
 
-Words: none, length, rms, mass and differenced, see Divided, each also with lambda0- in front. The weights have the names
+Words: none, length, scaled, rms, mass and differenced, see Divided, each also with lambda0- in front. The weights have the names
 and the first values of the library's model.
 """
 import pathlib
@@ -20,10 +20,10 @@ import dydilit  # noqa: E402
 class Divided(dydilit.TokenDifferential):
     """Eq. 7-8, and then a division by what `denominator` names.
 
-    none: nothing, which is Eq. 8 as printed. length: N. rms: each output token's root mean square. mass: Eq. 4's
+    none: nothing, which is Eq. 8 as printed. length: N. scaled: N sqrt(d). rms: each output token's root mean square. mass: Eq. 4's
     denominator of Q and K, see floored_mass. differenced: the sum of the used weights, which may be anything, zero included.
     """
-    DENOMINATORS = ("none", "length", "rms", "mass", "differenced")
+    DENOMINATORS = ("none", "length", "scaled", "rms", "mass", "differenced")
 
     @classmethod
     def of(cls, differential, denominator):
@@ -33,12 +33,14 @@ class Divided(dydilit.TokenDifferential):
         differential.__class__, differential.denominator = cls, denominator
         return differential
 
-    def forward(self, q, k, q_red, k_red, v, n_heads=1):
+    def forward(self, q, q_red, k, k_red, v, n_heads=1):
         lambda_q, lambda_k = self.choose(self.router_q, q, q_red), self.choose(self.router_k, k, k_red)
         q, k, q_red, k_red, v = (dydilit.split_heads(x, n_heads) for x in (q, k, q_red, k_red, v))
         out = dydilit.token_differential(q, q_red, k, k_red, v, lambda_q, lambda_k)
         if self.denominator == "length":
             out = out / q.shape[-2]
+        elif self.denominator == "scaled":
+            out = out / (q.shape[-2] * q.shape[-1] ** 0.5)
         elif self.denominator == "rms":
             out = F.rms_norm(out, out.shape[-1:], eps=dydilit.EPS)
         elif self.denominator == "mass":

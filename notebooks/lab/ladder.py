@@ -183,7 +183,8 @@ def attention_map(attn, x):
         sets = [dydilit.focused_kernel(z, cfg.gamma_init) if cfg.kernel == "focused" else z.relu() for z in sets]
     values = eye.repeat(1, 1, cfg.n_heads)
     if attn.differential is not None:
-        out = attn.differential(*sets, values, cfg.n_heads)
+        q, k, q_red, k_red = sets
+        out = attn.differential(q, q_red, k, k_red, values, cfg.n_heads)
     else:
         heads = (dydilit.split_heads(t, cfg.n_heads) for t in (*sets, values))
         out = dydilit.merge_heads(dydilit.linear_attention(*heads))
@@ -230,12 +231,12 @@ def look_inside(model, data, n=200, shuffles=200):
         blocks.append(line)
 
     def difference(module, inputs, output):
-        q, _, q_red = inputs[:3]
+        q, q_red = inputs[:2]
         lambda_q = module.choose(module.router_q, q, q_red).squeeze(1)
         subtracted.append(((lambda_q * q_red).norm(dim=-1).mean() / q.norm(dim=-1).mean()).item())
 
     def choices(module, inputs, output):
-        chosen[names[module]] = output[1].sum(1).round().long().cpu().numpy()
+        chosen[names[module]] = output.sum(1).round().long().cpu().numpy()
 
     names = {module: name for name, module in model.named_modules()}
     hooks += [block.attn.register_forward_hook(attention) for block in model.blocks]
