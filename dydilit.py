@@ -10,7 +10,7 @@ Enhancing Linear Diffusion Transformer for High-Quality Image Generation" (Cao e
     measure kernel      Eq. 5-6       focused_kernel, DynamicMeasureKernel
     differential        Eq. 7-8, 10   token_differential, map_differential, TokenDifferential
     convolution         Eq. 9         ReparamDWConv
-    the module          Fig. 2(b)     ModelConfig, DyDiLA
+    the module          Fig. 2(b)     ModelConfig, DyDiLA, LinearAttention (Sana's)
     the transformer     Fig. 2(a)     MixFFN, Block, DyDiLiT, LADDER, MODELS, build_model
     the diffusion       Sec. 4.1      GaussianDiffusion
 
@@ -124,22 +124,10 @@ def routed_linear(x, weight, index):
 
     x: (T, d); weight: (n, d, e); index: (T,) in 0..n-1. Returns (T, e)."""
     order = index.argsort(stable=True)                      # the tokens of projector 0 come first
-    groups = x.index_select(0, order)
-    counts = F.one_hot(index, len(weight)).sum(dim=0)       # (n,) tokens of each projector
-    if has_grouped_mm(x):
-        ends = counts.cumsum(dim=0).int()                   # where each group ends
-        y = F.grouped_mm(groups.bfloat16(), weight.bfloat16(), offs=ends)
-    else:
-        parts = groups.split(counts.tolist())
-        y = torch.cat([part @ projector for part, projector in zip(parts, weight)])
+    counts = index.bincount(minlength=len(weight)).tolist()
+    groups = x.index_select(0, order).split(counts)
+    y = torch.cat([group @ projector for group, projector in zip(groups, weight)])
     return y.index_select(0, order.argsort())               # argsort inverts the permutation
-
-
-def has_grouped_mm(x):
-    """Whether one call can multiply all groups: bfloat16 autocast on a Hopper GPU or later."""
-    return (x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 9
-            and torch.is_autocast_enabled("cuda") and hasattr(F, "grouped_mm")
-            and torch.get_autocast_dtype("cuda") == torch.bfloat16 and x.shape[-1] % 8 == 0)
 
 
 class DynamicProjection(nn.Module):
@@ -232,12 +220,10 @@ def map_differential(q, q_red, k, k_red, v, lambda_map):
 class TokenDifferential(nn.Module):
     """Eq. 7-8. Each query and each key picks a factor lambda, and attention uses the differences.
 
-    Unlike Eq. 4, Eq. 8 divides by nothing, so the output grows with N. paradigm="map" is Eq. 10,
-    where only queries pick a factor."""
+    paradigm="map" is Eq. 10, where only queries pick a factor."""
 
     def __init__(self, dim, n_lambdas, lambda_init=0.01, paradigm="token"):
         super().__init__()
-        self.paradigm = paradigm
         self.lambdas = nn.Parameter(torch.full((n_lambdas,), float(lambda_init)))
         self.router_q = Router(2 * dim, n_lambdas)
         self.router_k = Router(2 * dim, n_lambdas) if paradigm == "token" else None
@@ -245,12 +231,12 @@ class TokenDifferential(nn.Module):
     def forward(self, q, q_red, k, k_red, v, n_heads=1):
         """q, q_red, k, k_red: (B, N, d), kernelized; v: (B, N, d). Returns (B, N, d)."""
         lambda_q = self.choose(self.router_q, q, q_red)                     # Eq. 7, (B, 1, N, 1)
-        lambda_k = self.choose(self.router_k, k, k_red) if self.paradigm == "token" else None
-        q, k, q_red, k_red, v = (split_heads(x, n_heads) for x in (q, k, q_red, k_red, v))
-        if self.paradigm == "token":
-            out = token_differential(q, q_red, k, k_red, v, lambda_q, lambda_k)
+        heads = [split_heads(x, n_heads) for x in (q, q_red, k, k_red, v)]
+        if self.router_k is None:
+            out = map_differential(*heads, lambda_q)                        # Eq. 10
         else:
-            out = map_differential(q, q_red, k, k_red, v, lambda_q)
+            lambda_k = self.choose(self.router_k, k, k_red)
+            out = token_differential(*heads, lambda_q, lambda_k)            # Eq. 8
         return merge_heads(out)
 
     def choose(self, router, x, x_red):
@@ -346,53 +332,64 @@ class ModelConfig:
                              f"vae_factor x patch_size = {self.vae_factor} x {self.patch_size}")
         if self.dim % 4 or self.dim % self.n_heads:                         # 4 for the positions
             raise ValueError(f"dim={self.dim} is not a multiple of 4 and n_heads={self.n_heads}")
-        if self.differential != "none" and not self.dynamic_projection:
-            raise ValueError(f"ModelConfig: differential={self.differential!r} subtracts what the "
-                             "dynamic projection predicts, so it needs dynamic_projection=True")
+        whole = self.kernel == "dynamic" and self.dynamic_projection        # up to the differential
+        if self.differential == "none" and self.dwc or self.differential != "none" and not whole:
+            raise ValueError("ModelConfig: a differential needs kernel='dynamic' and "
+                             "dynamic_projection=True, and dwc=True needs a differential")
 
 
 class DyDiLA(nn.Module):
-    """O = TDO(.) + DWC(V) of Eq. 9, then an output projection. (B, N, d) -> (B, N, d).
+    """Fig. 2(b): O = TDO(.) + DWC(V), then an output projection. (B, N, d) -> (B, N, d).
 
-    With fewer parts, by configuration, it is a lower rung of Table 4, down to Sana's attention."""
+    cfg.differential="map" takes Eq. 10 in place of Eq. 8, and cfg.dwc=False leaves DWC(V) out."""
 
     def __init__(self, cfg, lambda_init=0.01):
         super().__init__()
-        self.cfg, d = cfg, cfg.dim
-        has_redundancy = cfg.differential != "none"
-        routes_qk = cfg.dynamic_projection and not has_redundancy           # rung 4 of Table 4
-        self.qkv = nn.Linear(d, d if routes_qk else 3 * d, bias=False)      # W_0, no bias (Sana)
-        self.projection = self.kernel = self.differential = self.dwc = None
-        if cfg.dynamic_projection:
-            self.projection = DynamicProjection(d, cfg.n_projectors)
-        if cfg.kernel == "dynamic":
-            n_sets = 4 if has_redundancy else 2
-            self.kernel = DynamicMeasureKernel(d, cfg.n_gammas, n_sets, cfg.gamma_init)
-        if has_redundancy:
-            self.differential = TokenDifferential(d, cfg.n_lambdas, lambda_init, cfg.differential)
-        if cfg.dwc:
-            self.dwc = ReparamDWConv(d)
+        self.n_heads, d = cfg.n_heads, cfg.dim
+        self.qkv = nn.Linear(d, 3 * d, bias=False)                          # W_0, no bias (Sana)
+        self.projection = DynamicProjection(d, cfg.n_projectors)
+        self.kernel = DynamicMeasureKernel(d, cfg.n_gammas, 4, cfg.gamma_init)
+        self.differential = TokenDifferential(d, cfg.n_lambdas, lambda_init, cfg.differential)
+        self.dwc = ReparamDWConv(d) if cfg.dwc else None
         self.proj = nn.Linear(d, d)
 
     def forward(self, x):
-        *sets, v = self.qkv(x).split(self.cfg.dim, dim=-1)                  # Q, K and V, or V alone
-        if self.projection is not None:
-            sets += self.projection(x)                                      # Q', K', or Q, K
-        if self.cfg.kernel == "dynamic":
-            sets = self.kernel(*sets)                                       # Eq. 6
-        elif self.cfg.kernel == "focused":
-            sets = [focused_kernel(z, self.cfg.gamma_init) for z in sets]   # Eq. 5
-        else:
-            sets = [F.relu(z) for z in sets]                                # Sana
-        if self.differential is not None:
-            q, k, q_red, k_red = sets
-            out = self.differential(q, q_red, k, k_red, v, self.cfg.n_heads)        # Eq. 8
-        else:
-            q, k, heads_v = (split_heads(t, self.cfg.n_heads) for t in [*sets, v])
-            out = merge_heads(linear_attention(q, k, heads_v))              # Eq. 4
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q_red, k_red = self.projection(x)                                   # Eq. 1-2
+        q, q_red, k, k_red = self.kernel(q, q_red, k, k_red)                # Eq. 5-6
+        out = self.differential(q, q_red, k, k_red, v, self.n_heads)        # Eq. 7-8
         if self.dwc is not None:
             out = out + self.dwc(v)                                         # Eq. 9
         return self.proj(out)
+
+
+class LinearAttention(nn.Module):
+    """Eq. 4 between projections: Sana, and rungs 2 to 4 of Table 4. (B, N, d) -> (B, N, d).
+
+    cfg.kernel is ReLU (Sana), Eq. 5 or Eq. 6. cfg.dynamic_projection routes Q and K themselves."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, d = cfg, cfg.dim
+        self.projection = DynamicProjection(d, cfg.n_projectors) if cfg.dynamic_projection else None
+        self.qkv = nn.Linear(d, d if cfg.dynamic_projection else 3 * d, bias=False)     # or V alone
+        if cfg.kernel == "dynamic":
+            self.kernel = DynamicMeasureKernel(d, cfg.n_gammas, 2, cfg.gamma_init)
+        self.proj = nn.Linear(d, d)
+
+    def forward(self, x):
+        if self.projection is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            (q, k), v = self.projection(x), self.qkv(x)                     # Eq. 1-2
+        if self.cfg.kernel == "relu":
+            q, k = F.relu(q), F.relu(k)
+        elif self.cfg.kernel == "focused":
+            q, k = (focused_kernel(z, self.cfg.gamma_init) for z in (q, k))                 # Eq. 5
+        else:
+            q, k = self.kernel(q, k)                                        # Eq. 6
+        q, k, v = (split_heads(z, self.cfg.n_heads) for z in (q, k, v))
+        return self.proj(merge_heads(linear_attention(q, k, v)))
 
 
 # ---- The transformer (Fig. 2(a)): DiT's shell around either attention ----------------------------
@@ -472,7 +469,8 @@ def block_parts(cfg, i):
         return SoftmaxAttention(cfg.dim, cfg.n_heads), Mlp(cfg.dim)
     first, last = cfg.lambda_init
     lambda_init = first + (last - first) * i / max(cfg.depth - 1, 1)
-    return DyDiLA(cfg, lambda_init), MixFFN(cfg.dim)
+    attention = LinearAttention(cfg) if cfg.differential == "none" else DyDiLA(cfg, lambda_init)
+    return attention, MixFFN(cfg.dim)
 
 
 class PatchEmbed(nn.Module):
@@ -643,6 +641,22 @@ def build_model(name, parts=block_parts, **overrides):
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; choose one of {', '.join(MODELS)}")
     return DyDiLiT(ModelConfig(**{**MODELS[name], **overrides}), parts)
+
+
+def load_model(path, parts=block_parts):
+    """The model of train.py's model.pt, in eval mode, and a dictionary of all else in it.
+
+    That is the classes' names and the recipe. ValueError for any other file."""
+    try:
+        about = torch.load(path, map_location="cpu", weights_only=True)
+        model = DyDiLiT(ModelConfig(**about.pop("model")), parts).eval()
+        model.load_state_dict(about.pop("weights"))
+        return model, about
+    except OSError:
+        raise
+    except Exception as error:          # pickle and zip have many kinds of error
+        raise ValueError(f"{path}: not a model.pt of train.py, or a damaged one "
+                         f"({type(error).__name__})") from None
 
 
 # ---- The diffusion (Sec. 4.1) --------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Draw(random.Random):
         fields = dict(self.choice(dydilit.LADDER)[1])
         if "differential" not in fields:
             fields.update(differential=self.choice(["token", "map"]))
-        module = dydilit.DyDiLA(self.config(**fields))
+        module, _ = dydilit.block_parts(self.config(**fields), 0)
         if fields.get("differential") == "token":
             Divided.of(module.differential, self.choice(["none", "length", "rms", "mass"]))
         return module.to(torch.float64 if self.dtype == torch.float64 else torch.float32)

@@ -31,7 +31,7 @@ def mix_ffn(part, cfg, n):
 
 
 def dydila(part, cfg, n):
-    d, differential = cfg.dim, cfg.differential != "none"
+    d, differential = cfg.dim, isinstance(part, dydilit.DyDiLA)
     mass = not differential or getattr(part.differential, "denominator", "none") == "mass"      # see eq8.py
     products = 2 * min(n, d // cfg.n_heads) * d * (2 if cfg.differential == "map" else 1)
     routers = 2 * d * cfg.n_projectors * cfg.dynamic_projection
@@ -97,7 +97,7 @@ def few_head_linear_attention(part, cfg, n):
             "normalizer": (2 * d, 2 * d), "DWC": (25 * d, 25 * d)}
 
 
-PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dydilit.Mlp: mlp, dydilit.MixFFN: mix_ffn,
+PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dydilit.LinearAttention: dydila, dydilit.Mlp: mlp, dydilit.MixFFN: mix_ffn,
          neighbours.KVCompressedAttention: kv_compressed_attention,
          neighbours.LinearCompressedAttention: linear_compressed_attention,
          neighbours.GatedLinearAttention: gated_linear_attention, neighbours.SwiGLU: swiglu,

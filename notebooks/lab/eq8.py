@@ -28,7 +28,7 @@ class Divided(dydilit.TokenDifferential):
     @classmethod
     def of(cls, differential, denominator):
         """Makes one of a TokenDifferential, in place. A new one would draw random numbers and change all that follow."""
-        if not isinstance(differential, dydilit.TokenDifferential) or differential.paradigm != "token":
+        if not isinstance(differential, dydilit.TokenDifferential) or differential.router_k is None:
             raise ValueError("eq8.py: the model has no token differential, so there is nothing to divide")
         differential.__class__, differential.denominator = cls, denominator
         return differential

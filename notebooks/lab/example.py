@@ -95,7 +95,8 @@ class Attention(nn.Module):
             return dydilit.linear_attention(*self.kernel(q, k), v)
         if self.name == "projected":
             return dydilit.linear_attention(*self.kernel(*self.projection(x)), v)
-        out = self.differential(*self.kernel(q, k, *self.projection(x)), v)
+        q_red, k_red = self.projection(x)
+        out = self.differential(*self.kernel(q, q_red, k, k_red), v)
         if self.name == "convolution":
             weights = self.dwc.kernel()                     # (d, 1, 3, 3); the identity's columns get the channels' mean
             out = out + dydilit.depthwise(v, weights if v.shape[-1] == WIDTH else

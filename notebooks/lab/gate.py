@@ -150,11 +150,11 @@ def read(path):
 
 
 def train_one(args, data, form, lr, seed, steps):
-    """A run of train.py with a form of Eq. 8, measured at the steps of WATCHED. Returns a line for each of these."""
+    """A run of train.py with a form of Eq. 8, measured at the steps of WATCHED: a line for each in its watched.csv."""
     key = dict(data=data, form=form, lr=f"{lr:g}", seed=seed, steps=steps)
     folder = pathlib.Path(args.runs) / "-".join(map(str, key.values()))
-    if read(folder / "watched.csv")[-1:] and int(read(folder / "watched.csv")[-1]["step"]) == steps:
-        return read(folder / "watched.csv")
+    if (folder / "samples.npz").exists():
+        return
     held_out = ladder.held_out(data, args.data_dir, N_HELD_OUT)
 
     class Watched(train.Training):
@@ -180,7 +180,6 @@ def train_one(args, data, form, lr, seed, steps):
                     "--seed", str(seed), "--steps", str(steps)], eq8.parts_with(form))
     finally:
         train.Training = original
-    return read(folder / "watched.csv")
 
 
 def samples(folder, model, names, n=200):
@@ -215,16 +214,16 @@ def kid(args, lines):
 
 
 def train_all(args, jobs):
-    """All jobs (data, form, lr, seed, steps) that no process has done or is doing; then their lines into runs.csv."""
+    """All jobs (data, form, lr, seed, steps) that no process has done or is doing; then the lines of all go to runs.csv."""
     torch.set_num_threads(1)
     train.keep_freed_memory()
     for job in jobs:
-        known = [[line[k] for k in ("data", "form", "lr", "seed", "steps")] for line in read(RESULTS / "runs.csv")]
-        if [str(value) if not isinstance(value, float) else f"{value:g}" for value in job] not in known:
-            try:
-                add_lines(RESULTS / "runs.csv", train_one(args, *job))
-            except train.Problem as problem:            # another process is at it, or the loss is not finite
-                print(f"{job}: {problem}")
+        try:
+            train_one(args, *job)
+        except train.Problem as problem:                # another process is at it, or the loss is not finite
+            print(f"{job}: {problem}")
+    lines = [line for path in sorted(pathlib.Path(args.runs).glob("*/watched.csv")) for line in read(path)]
+    train.save_log(RESULTS / "runs.csv", lines)
 
 
 def gate_jobs():
