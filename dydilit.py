@@ -644,18 +644,21 @@ def build_model(name, parts=block_parts, **overrides):
 
 
 def load_model(path, parts=block_parts):
-    """The model of train.py's model.pt, in eval mode, and a dictionary of all else in it.
+    """The model of a model.pt or checkpoint.pt of train.py, with its averaged weights, on the CPU.
 
-    That is the classes' names and the recipe. ValueError for any other file."""
+    Returns it in eval mode, and all else in the file, like about["data"]["names"]. ValueError for a
+    file that is not one of these."""
     try:
         about = torch.load(path, map_location="cpu", weights_only=True)
-        model = DyDiLiT(ModelConfig(**about.pop("model")), parts).eval()
-        model.load_state_dict(about.pop("weights"))
+        model = DyDiLiT(ModelConfig(**about["model"]), parts).eval()
+        model.load_state_dict(about.pop("ema"))
+        if len(about["data"]["names"]) != model.cfg.n_classes:
+            raise ValueError
         return model, about
     except OSError:
         raise
     except Exception as error:          # pickle and zip have many kinds of error
-        raise ValueError(f"{path}: not a model.pt of train.py, or a damaged one "
+        raise ValueError(f"{path}: not a model of train.py, or a damaged one "
                          f"({type(error).__name__})") from None
 
 

@@ -34,7 +34,7 @@ sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent / "notebooks"))
 from lab.common import (  # noqa: E402, F401
     Data, Parser, Problem, amount, cifar10, claimed, explained, load_checkpoint, load_data,
     load_vae, number, occupied, pixels, positive, read_image, replacing, save_curve, save_grid,
-    save_log, shapes, trained_model, write_npz)
+    save_log, shapes, write_npz)
 
 # ---- Knobs --------------------------------------------------------------------------------------
 
@@ -91,7 +91,6 @@ def arguments(argv):
     add("--steps", type=LIMITS["sampling_steps"], help="denoising steps; default: as in training")
     add("--cfg", type=amount, help="guidance scale; default: as in training")
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ancestral or deterministic")
-    add("--raw-weights", action="store_true", help="the weights, not their moving average")
     add("--batch-size", type=positive, default=50, help="images per pass; default: %(default)s")
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["train", *argv]
@@ -163,7 +162,9 @@ def sample(args, parts):
     out = pathlib.Path(args.out or run / ("samples.npz" if args.num else "grid.png"))
     if out.suffix != (".npz" if args.num else ".png"):
         raise Problem(f"--out {out}: give a name in .npz with --num, and one in .png without it")
-    state = load_checkpoint(run / "checkpoint.pt", parts)
+    checkpoint = run / "checkpoint.pt"
+    model, state = dydilit.load_model(
+        checkpoint if checkpoint.exists() else run / "model.pt", parts)
     names, vae = state["data"]["names"], state["data"]["vae"]
     classes = range(len(names) if args.num else min(len(names), 10))
     if args.classes:
@@ -176,8 +177,7 @@ def sample(args, parts):
     labels = [classes[i * len(classes) // count] for i in range(count)]
     steps = args.steps or state["knobs"]["sampling_steps"]
     cfg = state["knobs"]["cfg"] if args.cfg is None else args.cfg
-    model = trained_model(state, device, "weights" if args.raw_weights else "ema", parts).fuse()
-    images = generate(model, labels, steps, cfg, args.sampler, args.seed,
+    images = generate(model.to(device).fuse(), labels, steps, cfg, args.sampler, args.seed,
                       load_vae(vae, device) if vae else None, args.batch_size)
     write_npz(out, images, labels) if args.num else save_grid(out, images, labels, names)
     print(f"{out}: {len(images)} samples, step {state['step']}, {steps} steps, guidance {cfg:g}")
@@ -377,17 +377,26 @@ class Training:
         dist.all_reduce(stop)
         return stop.item() > 0
 
+    def about(self):
+        """What sampling needs besides weights."""
+        return dict(step=self.step, knobs=vars(self.args), model=dataclasses.asdict(self.model.cfg),
+                    data=dict(names=self.data.names, vae=self.data.vae))
+
     def save(self):
         """Replaces the checkpoint, unless the run has gone wrong."""
         self.check_finite()
         if self.rank == 0:
             with replacing(self.checkpoint) as file:
                 torch.save(dict(
-                    format="dydilit", step=self.step, window=self.window, log=self.log,
-                    identity=self.identity, knobs=vars(self.args),
-                    data=dict(names=self.data.names, vae=self.data.vae),
-                    model=dataclasses.asdict(self.model.cfg), weights=self.model.state_dict(),
+                    self.about(), format="dydilit", window=self.window, log=self.log,
+                    identity=self.identity, weights=self.model.state_dict(),
                     ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict()), file)
+
+    def save_model(self, path):
+        """Writes the averaged weights, in half precision, as a small file for load_model."""
+        ema = {name: value.half() for name, value in self.ema.state_dict().items()}
+        with replacing(path) as file:
+            torch.save(dict(self.about(), ema=ema), file)
 
     def grid(self, path):
         """Samples of the moving average, ten of each of up to ten classes."""
@@ -428,6 +437,7 @@ def train(args, parts):
         training.resume()
         finished = training.run()
         if finished and rank == 0:
+            training.save_model(folder / "model.pt")
             save_curve(folder / "loss.png", training.log)
             training.grid(folder / "samples.png")
             print(f"{folder}: {args.steps} steps done; look at samples.png and loss.png")

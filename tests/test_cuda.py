@@ -134,7 +134,7 @@ def test_a_card_without_bfloat16_computes_in_float32(monkeypatch):
 def test_the_two_commands_and_a_resumed_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert "20 steps done" in run(*RUN, "--steps", 20, "--run", whole)
-    assert {p.name for p in whole.iterdir()} == {"checkpoint.pt", "config.json", "log.csv", "loss.png", "samples.png"}
+    assert {p.name for p in whole.iterdir()} == {"checkpoint.pt", "config.json", "log.csv", "loss.png", "model.pt", "samples.png"}
     losses = [float(row["loss"]) for row in log(whole)]
     assert len(losses) == 4 and losses[-1] < losses[0]
     run(*RUN, "--steps", 10, "--run", stopped)

@@ -440,13 +440,6 @@ def load_checkpoint(path, parts=dydilit.block_parts):
                       f"({type(error).__name__}); move it away, or choose another --run") from None
 
 
-def trained_model(state, device, weights="ema", parts=dydilit.block_parts):
-    """The model of load_checkpoint's state, with its moving average ("ema") or its "weights"."""
-    model = dydilit.DyDiLiT(dydilit.ModelConfig(**state["model"]), parts).to(device).eval()
-    model.load_state_dict(state[weights])
-    return model
-
-
 # ---- Pictures -----------------------------------------------------------------------------------
 
 def save_grid(path, images, labels, names):

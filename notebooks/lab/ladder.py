@@ -313,7 +313,7 @@ def one_run(args, key, train_flags, known_network, made_by):
     call(log, *script, "train", "--data", key["data"], "--data-dir", args.data_dir, "--model", args.model, "--run", run, "--seed",
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, "--sample-every", key["steps"], *train_flags)
     device = train.pick_device()
-    model = train.trained_model(train.load_checkpoint(run / "checkpoint.pt", parts), device, parts=parts)
+    model = dydilit.load_model(run / "checkpoint.pt", parts)[0].to(device)
     data = held_out(key["data"], args.data_dir)
     losses, logs = held_out_losses(model, data)
     blocks, routers = look_inside(model, data)

@@ -55,7 +55,7 @@ def relative_size(model, data, n=50):
 def losses_of(folder, variant, data):
     """Of a run: the loss, the loss without attention, and relative_size."""
     parts = ladder.blocks_of(variant)
-    model = train.trained_model(train.load_checkpoint(folder / "checkpoint.pt", parts), train.pick_device(), parts=parts)
+    model = dydilit.load_model(folder / "checkpoint.pt", parts)[0].to(train.pick_device())
     size, whole = relative_size(model, data), ladder.held_out_losses(model, data)[1]
     for block in model.blocks:
         silence(block.attn)
