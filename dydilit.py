@@ -102,16 +102,12 @@ class Router(nn.Module):
 
         Returns each token's choice as a one-hot (..., n)."""
         columns = self.weight.split([part.shape[-1] for part in parts], dim=-1)
-        return straight_through(sum(precise_matmul(x, w.T) for x, w in zip(parts, columns)))
-
-
-def straight_through(scores):
-    """The largest score of each token as a one-hot, with the gradient of the softmax. (..., n)."""
-    one_hot = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
-    soft = scores.softmax(dim=-1)
-    # Forward, the bracket is exactly zero and the one-hot is what remains.
-    # Backward, the one-hot is a constant and the gradient is that of the softmax.
-    return one_hot + (soft - soft.detach())
+        scores = sum(precise_matmul(x, w.T) for x, w in zip(parts, columns))        # (..., n)
+        one_hot = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+        soft = scores.softmax(dim=-1)
+        # Forward, the bracket is exactly zero and the one-hot is what remains.
+        # Backward, the one-hot is a constant and the gradient is that of the softmax.
+        return one_hot + (soft - soft.detach())
 
 
 # ---- Dynamic projection module (Eq. 1-2) ---------------------------------------------------------
@@ -124,16 +120,13 @@ def routed_linear(x, weight, index):
 
     x: (T, d); weight: (n, d, e); index: (T,) in 0..n-1. Returns (T, e)."""
     order = index.argsort(stable=True)                      # the tokens of projector 0 come first
-    counts = index.bincount(minlength=len(weight)).tolist()
-    groups = x.index_select(0, order).split(counts)
+    groups = x.index_select(0, order).split(index.bincount(minlength=len(weight)).tolist())
     y = torch.cat([group @ projector for group, projector in zip(groups, weight)])
     return y.index_select(0, order.argsort())               # argsort inverts the permutation
 
 
 class DynamicProjection(nn.Module):
-    """Eq. 1-2. Two banks of n_projectors d x d projectors, one for Q' and one for K'.
-
-    Each bank has a router. On rung 4 of Table 4 (see LADDER) the results replace Q and K."""
+    """Eq. 1-2. Two banks of n_projectors d x d projectors, one for Q' and one for K', each routed."""
 
     def __init__(self, dim, n_projectors):
         super().__init__()
@@ -160,12 +153,10 @@ class DynamicProjection(nn.Module):
 # ---- Dynamic measure kernel (Eq. 5-6) ------------------------------------------------------------
 
 def focused_kernel(z, gamma):
-    """Eq. 5. It raises ReLU(z) to the power gamma and gives it back the norm that it had.
-
-    A token without a positive entry becomes zero.
+    """Eq. 5, ReLU(z)^gamma / |ReLU(z)^gamma| * |ReLU(z)|: another direction, the same norm.
 
     z: (..., d), finite; gamma: a number, or a tensor (..., 1) with one positive power per token.
-    Returns (..., d), at least in float32."""
+    Returns (..., d), at least in float32. A token without a positive entry becomes zero."""
     z = at_least_float32(z)
     # Eq. 5 scales with its token, so a constant scale cancels out. It keeps powers from overflow.
     largest = z.detach().amax(dim=-1, keepdim=True)
@@ -195,9 +186,8 @@ class DynamicMeasureKernel(nn.Module):
 
 
 def pick(choice, bank):
-    """The factor that each token chose. choice: (..., n), one-hot; bank: (n,). Returns (..., 1).
-
-    A matrix product would say the same, but autocast would round the factors to bfloat16."""
+    """The factor that each token chose. choice: (..., n), one-hot; bank: (n,). Returns (..., 1)."""
+    # A matrix product would say the same, but autocast would round the factors to bfloat16.
     return (choice * bank).sum(dim=-1, keepdim=True)
 
 
@@ -218,7 +208,7 @@ def map_differential(q, q_red, k, k_red, v, lambda_map):
 
 
 class TokenDifferential(nn.Module):
-    """Eq. 7-8. Each query and each key picks a factor lambda, and attention uses the differences.
+    """Eq. 7-8, divided by N. Each query and key picks a factor lambda; attention uses differences.
 
     paradigm="map" is Eq. 10, where only queries pick a factor."""
 
@@ -237,7 +227,9 @@ class TokenDifferential(nn.Module):
         else:
             lambda_k = self.choose(self.router_k, k, k_red)
             out = token_differential(*heads, lambda_q, lambda_k)            # Eq. 8
-        return merge_heads(out)
+        # Eq. 8 is a sum over N keys. Undivided it starts 30 to 600 times as long as V, and training
+        # at a high rate then fades it to nothing. Divided by N it starts near V, whatever N is.
+        return merge_heads(out / q.shape[-2])
 
     def choose(self, router, x, x_red):
         """Eq. 7. x, x_red: (B, N, d). Returns each token's factor, (B, 1, N, 1) for all heads."""
@@ -332,8 +324,11 @@ class ModelConfig:
                              f"vae_factor x patch_size = {self.vae_factor} x {self.patch_size}")
         if self.dim % 4 or self.dim % self.n_heads:                         # 4 for the positions
             raise ValueError(f"dim={self.dim} is not a multiple of 4 and n_heads={self.n_heads}")
-        whole = self.kernel == "dynamic" and self.dynamic_projection        # up to the differential
-        if self.differential == "none" and self.dwc or self.differential != "none" and not whole:
+        if self.differential == "none":
+            fits = not self.dwc
+        else:
+            fits = self.kernel == "dynamic" and self.dynamic_projection
+        if not fits:
             raise ValueError("ModelConfig: a differential needs kernel='dynamic' and "
                              "dynamic_projection=True, and dwc=True needs a differential")
 
@@ -644,10 +639,9 @@ def build_model(name, parts=block_parts, **overrides):
 
 
 def load_model(path, parts=block_parts):
-    """The model of a model.pt or checkpoint.pt of train.py, with its averaged weights, on the CPU.
+    """The averaged model in train.py's model.pt or checkpoint.pt, in eval mode and on the CPU.
 
-    Returns it in eval mode, and all else in the file, like about["data"]["names"]. ValueError for a
-    file that is not one of these."""
+    Also returns all else in it, like about["data"]["names"]. ValueError for any other file."""
     try:
         about = torch.load(path, map_location="cpu", weights_only=True)
         model = DyDiLiT(ModelConfig(**about["model"]), parts).eval()

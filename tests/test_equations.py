@@ -337,7 +337,7 @@ def test_token_differential_module_is_eq_7_and_8(paradigm, denominator, heads):
             rms = torch.stack([(row ** 2).mean().sqrt() for row in out])[:, None]
         else:
             out = product_loop(a, b, w) - factor * product_loop(ar, br, w)
-        denominators = {"library": 1}
+        denominators = {"library": N}
         if paradigm == "token":
             denominators |= {"none": 1, "length": N, "scaled": N * (4 / heads) ** 0.5, "rms": rms, "mass": mass}
             denominators["differenced"] = torch.tensor(used, dtype=torch.float64)[:, None]

@@ -1,6 +1,6 @@
-"""Eq. 8 with a denominator, and train.py with it. The library has Eq. 8 as printed, which divides by nothing.
+"""Other forms of Eq. 8, and train.py with them. The library divides it by N, which is the form `length`.
 
-    python notebooks/lab/eq8.py mass train ...              train.py's commands and flags, but Eq. 8 divides by the mass
+    python notebooks/lab/eq8.py none train ...              train.py's commands and flags, but with Eq. 8 as printed
     python notebooks/lab/eq8.py lambda0-mass train ...      and nothing is subtracted: lambda is held at 0
     python notebooks/lab/eq8.py mass sample --run RUN ...   a run's samples need the word that it was trained with
 

@@ -506,7 +506,7 @@ def show_cones(router, extent=2.0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)                      # (401, 401, 2)
     columns = array(router.weight)
     _, ax = plt.subplots(figsize=(5.4, 5.0))
-    ax.imshow(array(router(plane)[0]), origin="lower", extent=(-extent, extent) * 2, vmin=-0.5, vmax=len(columns) - 0.5,
+    ax.imshow(array(router(plane).argmax(dim=-1)), origin="lower", extent=(-extent, extent) * 2, vmin=-0.5, vmax=len(columns) - 0.5,
               cmap=ListedColormap(CHOICES[:len(columns)]), interpolation="nearest")
     for i, (x, y) in enumerate(columns):
         ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=BLACK, linewidth=2, shrinkA=0, shrinkB=0))

@@ -218,7 +218,7 @@ def print_silenced(lines, names=NAMES, seeds=SEEDS):
 
 
 def print_stability(lines):
-    """Prints what stability.py found, a line per run: the loss, the largest gradient norm, the largest outputs."""
+    """Prints what the plan's stability runs found, a line per run: the loss, the largest gradient norm, the largest outputs."""
     form = "{:8}{:14}{:10}{:>5}{:>8}{:>10}{:>8}{:>23}{:>8}"
     print(form.format("Eq. 8", "model", "numbers", "steps", "loss", "gradient", "output", "output, 16,384 tokens", "finite"))
     for line in lines:
