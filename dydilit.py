@@ -126,7 +126,7 @@ def routed_linear(x, weight, index):
 
 
 class DynamicProjection(nn.Module):
-    """Eq. 1-2. Two banks of n_projectors d x d projectors, one for Q' and one for K', each routed."""
+    """Eq. 1-2. Two routed banks of n_projectors d x d projectors, one for Q' and one for K'."""
 
     def __init__(self, dim, n_projectors):
         super().__init__()
@@ -330,7 +330,7 @@ class ModelConfig:
             fits = self.kernel == "dynamic" and self.dynamic_projection
         if not fits:
             raise ValueError("ModelConfig: a differential needs kernel='dynamic' and "
-                             "dynamic_projection=True, and dwc=True needs a differential")
+                             "dynamic_projection=True; dwc=True needs a differential")
 
 
 class DyDiLA(nn.Module):
