@@ -48,7 +48,7 @@ KNOBS = {   # the small model's default (minutes on a CPU), the others' (the pap
     "beta2": (0.99, 0.999, "decay of AdamW's second moment"),
     "log_loss": (1, 0, "1: minimize the logarithm of each image's loss, 0: the loss itself"),
     "ema": (0.998, 0.9999, "decay of the weights' moving average, which is what gets sampled"),
-    "cfg": (2.0, 4.0, "guidance scale of the sample grids"),
+    "cfg": (1.5, 4.0, "guidance scale of the sample grids"),
     "sampling_steps": (50, 250, "denoising steps of the sample grids"),
     "log_every": (50, 50, "steps between lines of log.csv"),
     "save_every": (300, 1000, "steps between checkpoints"),

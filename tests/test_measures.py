@@ -310,7 +310,7 @@ def test_lambda_held_at_0_is_rung_5_without_the_subtraction():
 def test_variants_of_eq_8_are_trained_by_a_script_of_their_own(known):
     script = "notebooks/lab/eq8.py"
     for variant, word in [("rung6:normalizer=none", "none"), ("lambda0:normalizer=none,lr=1e-3", "lambda0-none"),
-                          ("lambda0", "lambda0-none"), ("rung5:normalizer=mass", "mass")]:
+                          ("lambda0", "lambda0-length"), ("rung5:normalizer=mass", "mass")]:
         assert ladder.trainer(variant) == (script, word)
         assert ladder.flags(variant, known)[-2:] == ladder.flags(variant.split(":")[0], known)[-2:]     # --set, without it
     with pytest.raises(train.Problem, match="normalizer=typo: choose the normalizer from none, length"):
