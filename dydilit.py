@@ -651,9 +651,8 @@ def load_model(path, parts=block_parts):
         return model, about
     except OSError:
         raise
-    except Exception as error:          # pickle and zip have many kinds of error
-        raise ValueError(f"{path}: not a model of train.py, or a damaged one "
-                         f"({type(error).__name__})") from None
+    except Exception:                   # pickle and zip have many kinds of error
+        raise ValueError(f"{path}: not a model of train.py, or a damaged one") from None
 
 
 # ---- The diffusion (Sec. 4.1) --------------------------------------------------------------------
