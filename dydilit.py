@@ -227,8 +227,8 @@ class TokenDifferential(nn.Module):
         else:
             lambda_k = self.choose(self.router_k, k, k_red)
             out = token_differential(*heads, lambda_q, lambda_k)            # Eq. 8
-        # Eq. 8 is a sum over N keys. Undivided it starts 30 to 600 times as long as V, and training
-        # at a high rate then fades it to nothing. Divided by N it starts near V, whatever N is.
+        # Eq. 8 is a sum over N keys. Undivided, it starts tens to hundreds of times as long as V,
+        # and a high learning rate then fades it. Divided by N it starts near V, whatever N is.
         return merge_heads(out / q.shape[-2])
 
     def choose(self, router, x, x_red):

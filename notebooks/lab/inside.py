@@ -1,13 +1,16 @@
-"""Lesson 7's pictures of a trained model: routes, attention from part to part, banks, and what happens without a part."""
+"""Lesson 7's pictures of a trained model: routes, maps from part to part, banks, and what the loss costs without a part."""
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from lab.figures import BLUE, CHOICES, GREY, ORANGE, array, box, clear, show_picture
+from lab.figures import BLACK, BLUE, ORANGE, array, box, clear, level, show_picture
 
 WORDS = ["projector 1", "projector 2", "projector 3"]
+CHOICES = [BLUE, ORANGE, "#F0E442"]         # dark, middle and light, so that they differ in grey, too
+LEAST = 0.05                                # per cent, where the axis of a growth begins
 
 
 def key(fig, words=WORDS):
@@ -45,7 +48,7 @@ def show_shares(x, shares, xlabel):
     """For each router the shares of the choices over x. shares: {router: (len(x), choices)}."""
     fig, axes = grid_of(shares, figsize=(11.5, 5.8), sharex=True, sharey=True)
     for ax, values in zip(axes.flat, shares.values()):
-        ax.stackplot(x, array(values).T, colors=CHOICES[:values.shape[1]])
+        ax.stackplot(x, array(values).T, colors=CHOICES)
         ax.set(xlim=(x[0], x[-1]), ylim=(0, 1), yticks=[0, 0.5, 1], xticks=[750, 500, 250])
     for ax in axes[:, 0]:
         ax.set_ylabel("share of tokens")
@@ -67,7 +70,7 @@ def show_route_maps(pictures, routes):
     for row, (name, index) in zip(axes[1:], routes.items()):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=15)
         for ax, image in zip(row, index):
-            ax.imshow(array(image).reshape(side, side), cmap=ListedColormap(CHOICES[:3]), vmin=-0.5, vmax=2.5, interpolation="nearest")
+            ax.imshow(array(image).reshape(side, side), cmap=ListedColormap(CHOICES), vmin=-0.5, vmax=2.5, interpolation="nearest")
             clear(ax)
     key(fig)
     plt.show()
@@ -81,8 +84,8 @@ def show_chance(measured, shuffled):
     fig, ax = plt.subplots(figsize=(8, 4.8))
     for i, (name, value) in enumerate(measured.items()):
         low, high = min(shuffled[name]), max(shuffled[name])
-        ax.barh(i, high - low, left=low, height=0.55, color="#C8C8C8", label=f"{len(shuffled[name])} shuffles" if i == 0 else None)
-        ax.plot(value, i, "o", color=ORANGE, markersize=11, label="the classes" if i == 0 else None)
+        ax.barh(i, high - low, left=low, height=0.55, color=BLUE, label=f"{len(shuffled[name])} shuffles" if i == 0 else None)
+        ax.plot(value, i, "o", color=ORANGE, markersize=12, markeredgecolor="white", label="the classes" if i == 0 else None)
     ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlabel="tokens that would have to change their projector", xlim=(0, None))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.invert_yaxis()
@@ -113,19 +116,15 @@ def show_stages(picture, rows, titles, query):
     plt.show()
 
 
-def show_histories(histories, xlabel):
-    """Every member of every block's bank over the training, in multiples of its start. histories: {name: (steps, blocks, members)}."""
-    blocks = next(iter(histories.values())).shape[1]
-    fig, axes = plt.subplots(len(histories), blocks, figsize=(11.5, 3 * len(histories)), sharex=True, sharey="row")
-    for row, (name, values) in zip(axes, histories.items()):
-        for b, ax in enumerate(row):
-            ax.axhline(1, color=GREY, linestyle="-", linewidth=1.5)
-            ax.plot(range(1, len(values) + 1), values[:, b], color=BLUE, linestyle="-", linewidth=1.3)
-        row[0].set_ylabel(name)
-        row[-1].annotate("start", (1, 1), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", color=GREY)
-    for b, ax in enumerate(axes[0]):
-        ax.set_title(f"block {b + 1}", fontsize=15)
-    fig.supxlabel(xlabel, fontsize=14)
+def show_banks(banks, starts):
+    """Every member of every block's bank as a dot, and where all of them started. banks: {name: list of (members,)}; starts: {name: number}."""
+    fig, axes = plt.subplots(1, len(banks), figsize=(11, 4.2))
+    for ax, (name, blocks) in zip(axes, banks.items()):
+        for b, members in enumerate(blocks, 1):
+            place = b + np.linspace(-0.25, 0.25, len(members))
+            ax.plot(place, np.sort(array(members)), "o", color=BLUE, markersize=6)
+        level(ax, "start", starts[name], end=1.01)
+        ax.set(xlabel="block", ylabel=name, xticks=range(1, len(blocks) + 1))
     plt.show()
 
 
@@ -141,20 +140,64 @@ def show_spread(groups, ylabel, xlabels):
     plt.show()
 
 
-def show_increase(increase, xlabel):
+def show_growth(growth, xlabel, ways=("",)):
     """Percentages of very different sizes on a logarithmic axis, filled where the loss grows, open where it falls.
 
-    increase: {name: (percent, two standard errors)}.
+    growth: {row: a pair of (percent, two standard errors) for each of the ways}.
     """
-    _, ax = plt.subplots(figsize=(11, 4.6))
-    for i, (name, (value, error)) in enumerate(increase.items()):
-        size = max(abs(value), 1e-9)
-        ax.plot([max(size - error, 1e-9), size + error], [i, i], color=BLUE, linestyle="-", linewidth=3)
-        ax.plot(size, i, "o", color=BLUE, markersize=12, markerfacecolor=BLUE if value > 0 else "white", markeredgewidth=2)
-        ax.annotate(f"{float(f'{value:.2g}'):+,g} %", (size + error, i), (12, 0), textcoords="offset points", va="center")
-    ticks = [0.01, 0.1, 1, 10, 100, 1000, 10000]
-    ax.set(xscale="log", xlim=(0.005, 60000), yticks=range(len(increase)), yticklabels=list(increase), xlabel=xlabel)
+    fig, ax = plt.subplots(figsize=(11, 1.3 + len(growth) * (0.3 + 0.3 * len(ways))))
+    for w, (way, colour, marker) in enumerate(zip(ways, (BLUE, ORANGE, BLACK), "osD")):
+        for i, pairs in enumerate(growth.values()):
+            (value, error), y = pairs[w], i + 0.75 / len(ways) * (w - (len(ways) - 1) / 2)
+            size = max(abs(value), LEAST)
+            ax.plot([max(size - error, LEAST), size + error], [y, y], color=colour, linestyle="-", linewidth=2.5)
+            ax.plot(size, y, marker, color=colour, markersize=10, markerfacecolor=colour if value > 0 else "white", markeredgewidth=2,
+                    label=way if i == 0 else None)
+            ax.annotate(f"{float(f'{value:.2g}'):+,g} %", (size + error, y), (10, 0), textcoords="offset points", va="center", fontsize=13)
+    ticks = [0.1, 1, 10, 100, 1000, 10000]
+    ax.set(xscale="log", xlim=(LEAST, 60000), yticks=range(len(growth)), yticklabels=list(growth), xlabel=xlabel)
     ax.set_xticks(ticks, [f"{tick:,g} %" for tick in ticks])
     ax.set_xticks([], minor=True)
     ax.invert_yaxis()
+    if len(ways) > 1:
+        fig.legend(loc="outside upper center", ncols=len(ways), frameon=False)
+    plt.show()
+
+
+def longest_runs(rows, forms, lr="0.004"):
+    """Of each data set the longest runs that were finished with all of {title: form}, by the seeds that all have.
+
+    rows: of gate.py. Returns {title: rows}."""
+    rows = [row for row in rows if row["lr"] == lr]
+    finished = {(row["data"], int(row["steps"]), row["form"], row["seed"]) for row in rows if row["step"] == row["steps"]}
+    common = {(data, steps, seed) for data, steps, _, seed in finished
+              if all((data, steps, form, seed) in finished for form in forms.values())}
+    longest = {data: max(steps for d, steps, _ in common if d == data) for data, _, _ in common}
+    return {title: [row for row in rows if row["form"] == form and int(row["steps"]) == longest.get(row["data"])
+                    and (row["data"], int(row["steps"]), row["seed"]) in common] for title, form in forms.items()}
+
+
+def show_fading(runs):
+    """The attention's output beside V over the training. Thin: a block of a run; thick: the geometric mean of a data set.
+
+    runs: {title: rows of gate.py}.
+    """
+    fig, axes = plt.subplots(1, len(runs), figsize=(11.5, 4.8), sharey=True)
+    for ax, (title, rows) in zip(axes, runs.items()):
+        for (data, word), colour, line in zip({"shapes": "shapes", "cifar10": "clothes"}.items(), (BLUE, ORANGE), ("-", "--")):
+            mine = [row for row in rows if row["data"] == data]
+            steps = sorted({int(row["step"]) for row in mine})
+            sizes = np.array([[[float(row[f"size_{b}"]) for b in range(1, 5)] for row in mine if int(row["step"]) == step]
+                              for step in steps]).reshape(len(steps), -1)           # (steps, runs x blocks)
+            ax.plot(steps, sizes, color=colour, linestyle=line, linewidth=1, alpha=0.45)
+            ax.plot(steps, np.exp(np.log(sizes).mean(axis=1)), color=colour, linestyle=line, linewidth=4, label=word if ax is axes[0] else None)
+        level(ax, "as long\nas V" if ax is axes[-1] else "", 1, end=1.01)
+        ax.set(title=title, yscale="log", xlabel="training step")
+        ax.set_xscale("symlog", linthresh=50, linscale=0.4)
+        ax.set_xlim(left=-10)
+        ax.set_xticks([0, 50, 200, 1000, 4000], ["0", "50", "200", "1,000", "4,000"])
+        ax.set_xticks([], minor=True)
+    axes[0].set_ylabel("length of the output beside V")
+    axes[0].set_yticks([0.0001, 0.001, 0.01, 0.1, 1, 10, 100], ["0.0001", "0.001", "0.01", "0.1", "1", "10", "100"])
+    fig.legend(loc="outside upper center", ncols=2, frameon=False)
     plt.show()
