@@ -11,7 +11,7 @@ import torch
 
 import dydilit
 import train
-from lab import eq8, ladder, measures, verdict
+from lab import eq8, ladder, measures
 from lab.neighbours import NEIGHBOURS, lit_heads
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
@@ -319,10 +319,9 @@ def test_variants_of_eq_8_are_trained_by_a_script_of_their_own(known):
         dydilit.build_model(train.SMALL_MODEL, ladder.blocks_of("dit:normalizer=none"), **known["dit"])
 
 
-def test_verdict_calls_ours_what_the_library_does():
-    word, x, t = ladder.form(verdict.OURS), torch.randn(2, 3, 32, 32), torch.tensor([10, 500])
-    outputs = []
-    for parts in (dydilit.block_parts, eq8.parts_with(word)):
+def test_the_form_length_is_the_librarys():
+    x, t, outputs = torch.randn(2, 3, 32, 32), torch.tensor([10, 500]), []
+    for parts in (dydilit.block_parts, eq8.parts_with("length")):
         torch.manual_seed(0)
         model = dydilit.build_model(train.SMALL_MODEL, parts, depth=1).eval()
         for p in (model.final_layer.linear.weight, model.blocks[0].adaLN_modulation[1].weight):     # they start at zero

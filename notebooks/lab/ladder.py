@@ -173,22 +173,18 @@ def attention_map(attn, x):
     if isinstance(attn, dydilit.SoftmaxAttention):
         q, k, _ = (dydilit.split_heads(t, attn.n_heads) for t in attn.qkv(x).chunk(3, dim=-1))
         return dydilit.softmax_attention(q, k, eye.unsqueeze(1).expand(-1, attn.n_heads, -1, -1))
+    if isinstance(attn, dydilit.DyDiLA):
+        (q, k, _), (q_red, k_red) = attn.qkv(x).chunk(3, dim=-1), attn.projection(x)
+        out = attn.differential(*attn.kernel(q, q_red, k, k_red), eye.repeat(1, 1, attn.n_heads), attn.n_heads)
+        return dydilit.split_heads(out, attn.n_heads)
     cfg = attn.cfg
-    *sets, _ = attn.qkv(x).split(cfg.dim, dim=-1)
-    if attn.projection is not None:
-        sets += attn.projection(x)
+    q, k = attn.projection(x) if cfg.dynamic_projection else attn.qkv(x).chunk(3, dim=-1)[:2]
     if cfg.kernel == "dynamic":
-        sets = attn.kernel(*sets)
+        q, k = attn.kernel(q, k)
     else:
-        sets = [dydilit.focused_kernel(z, cfg.gamma_init) if cfg.kernel == "focused" else z.relu() for z in sets]
-    values = eye.repeat(1, 1, cfg.n_heads)
-    if attn.differential is not None:
-        q, k, q_red, k_red = sets
-        out = attn.differential(q, q_red, k, k_red, values, cfg.n_heads)
-    else:
-        heads = (dydilit.split_heads(t, cfg.n_heads) for t in (*sets, values))
-        out = dydilit.merge_heads(dydilit.linear_attention(*heads))
-    return dydilit.split_heads(out, cfg.n_heads)
+        q, k = (dydilit.focused_kernel(z, cfg.gamma_init) if cfg.kernel == "focused" else z.relu() for z in (q, k))
+    q, k = (dydilit.split_heads(z, cfg.n_heads) for z in (q, k))
+    return dydilit.linear_attention(q, k, eye.unsqueeze(1).expand(-1, cfg.n_heads, -1, -1))
 
 
 def similarity(tokens):
