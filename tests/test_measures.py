@@ -418,5 +418,5 @@ def test_ladder_of_notebook_11_trains_and_samples_a_neighbour(tmp_path, network)
     command = [sys.executable, NOTEBOOKS / "lab/neighbours.py"]
     told = [subprocess.run([*command, *words], capture_output=True, text=True) for words in (
         ["dig", "sample", "--run", run], ["dit"])]                          # another system's weights, and no neighbour
-    assert "not a dydilit checkpoint" in told[0].stderr and told[0].stderr.startswith("neighbours.py: ")
+    assert "checkpoint.pt: not a model of train.py" in told[0].stderr and told[0].stderr.startswith("neighbours.py: ")
     assert told[1].stderr == "neighbours.py: the first word must be one of pixart, edit, dig, moh, lit\n"
