@@ -97,7 +97,8 @@ def few_head_linear_attention(part, cfg, n):
             "normalizer": (2 * d, 2 * d), "DWC": (25 * d, 25 * d)}
 
 
-PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dydilit.LinearAttention: dydila, dydilit.Mlp: mlp, dydilit.MixFFN: mix_ffn,
+PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dydilit.LinearAttention: dydila,
+         dydilit.Mlp: mlp, dydilit.MixFFN: mix_ffn,
          neighbours.KVCompressedAttention: kv_compressed_attention,
          neighbours.LinearCompressedAttention: linear_compressed_attention,
          neighbours.GatedLinearAttention: gated_linear_attention, neighbours.SwiGLU: swiglu,
