@@ -1,6 +1,7 @@
 """The analysis of the experiments of notebooks 10 and 11, as it was fixed before their runs were made.
 
     python notebooks/lab/verdict.py notebooks/results/verdict/runs.csv                notebook 10's
+    python notebooks/lab/verdict.py recall notebooks/results/recall/runs.csv          the tasks of recall.py
     python notebooks/lab/verdict.py neighbours notebooks/results/verdict/runs.csv     notebook 11's
 
 Prints the table of contrasts, and of notebook 10's what the rule says. Before all runs are there it only counts them.
@@ -249,7 +250,151 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def paired(a, b):
+    """The paired t-test of a - b. a, b: {seed: number}; only seeds that both have count.
+
+    Returns a dictionary with estimate, error (its standard error), df and p."""
+    differences = np.array([a[seed] - b[seed] for seed in sorted(a) if seed in b])
+    n = len(differences)
+    if n < 2:
+        raise ValueError("paired: a contrast needs two seeds or more")
+    estimate, error = differences.mean(), differences.std(ddof=1) / math.sqrt(n)
+    p = tail(estimate / error, n - 1) if error > 0 else float(estimate == 0)
+    return dict(estimate=float(estimate), error=float(error), df=n - 1, p=p)
+
+
+def interval(line, level=0.95):
+    """The lower and upper bound of one of paired's results."""
+    half = quantile(line["df"], level) * line["error"]
+    return line["estimate"] - half, line["estimate"] + half
+
+
+# ---- Recall (notebook 10) ---------------------------------------------------------------------
+
+TASKS = dict(sharpness=16, interference=8, heterogeneity=16)    # and on how many pairs it is judged
+FAMILIES = {    # contrasts as (arm, arm that it is compared with)
+    "kernel": [("fixed power", "ReLU"), ("dynamic", "fixed power"), ("dynamic", "one power"),
+               ("DyDiLA", "ReLU differential")],
+    "projection": [("routed", "dynamic"), ("routed", "random routes"), ("DyDiLA", "one projector")],
+    "differential": [("DyDiLA", "lambda 0"), ("RMS", "RMS, lambda 0"), ("DyDiLA", "adding"),
+                     ("DyDiLA", "signed"), ("DyDiLA", "dynamic, equal cost")],
+    "denominator": [("ReLU", "Sana")],
+    "the whole": [("DyDiLA", "Sana"), ("DyDiLA", "softmax")],
+}
+# A part's own task, and its contrasts. The first asks whether the part helps. The others ask
+# whether it is this part that helps, or only what it brings along.
+PARTS = {
+    "a fixed power": ("sharpness", [("fixed power", "ReLU")]),
+    "routed powers": ("sharpness", [("dynamic", "fixed power"), ("dynamic", "one power")]),
+    "routed Q and K": ("heterogeneity", [("routed", "dynamic"), ("routed", "random routes")]),
+    "three projectors": ("heterogeneity", [("DyDiLA", "one projector")]),
+    "the differential": ("interference", [("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic, equal cost")]),
+    "no denominator": ("sharpness", [("ReLU", "Sana")]),
+}
+
+
+def logit(accuracy):
+    """Accuracies are cut to .01 and .99. Beyond, a logit says how many queries were asked."""
+    p = min(max(accuracy, 0.01), 0.99)
+    return math.log(p / (1 - p))
+
+
+def by_seed(rows, task, arm, measure=None, seeds=range(20)):
+    """{seed: the accuracy's logit} of an arm, or what measure(row) makes of each row."""
+    measure = measure or (lambda row: logit(float(row[f"accuracy_{TASKS[task]}"])))
+    return {int(row["seed"]): measure(row) for row in rows
+            if (row["task"], row["arm"]) == (task, arm) and int(row["seed"]) in seeds}
+
+
+def margin(rows, task):
+    """A tenth of the gap between the better softmax and ReLU: what counts as a difference."""
+    means = [np.mean(list(by_seed(rows, task, arm).values()))
+             for arm in ("softmax", "softmax, 4 heads", "ReLU")]
+    return (max(means[:2]) - means[2]) / 10
+
+
+def recall_contrasts(rows, measure=None):
+    """A dictionary per contrast and task, as paired makes it. Holm's correction is per family."""
+    table = []
+    for family, pairs in FAMILIES.items():
+        lines = [dict(family=family, arm=arm, base=base, task=task,
+                      **paired(*(by_seed(rows, task, name, measure) for name in (arm, base))))
+                 for arm, base in pairs for task in TASKS]
+        for line, p in zip(lines, holm([line["p"] for line in lines])):
+            table.append(line | dict(holm=p))
+    return table
+
+
+def judge_recall(rows):
+    """What the rule says of each part: {part: "useful", "useless here" or "undecided"}.
+
+    useful: on the part's own task, the 95 % intervals of all its contrasts lie above the margin,
+    and on no task does its first contrast's estimate lie below minus the margin. useless here: the
+    90 % intervals of its first contrast lie within the margin on all tasks."""
+    table = {(line["arm"], line["base"], line["task"]): line for line in recall_contrasts(rows)}
+    delta, words = {task: margin(rows, task) for task in TASKS}, {}
+    for part, (own, pairs) in PARTS.items():
+        first = {task: table[(*pairs[0], task)] for task in TASKS}
+        low = min(interval(table[(*pair, own)])[0] for pair in pairs)
+        if low > delta[own] and all(first[t]["estimate"] >= -delta[t] for t in TASKS):
+            words[part] = "useful"
+        elif all(max(map(abs, interval(first[t], 0.90))) < delta[t] for t in TASKS):
+            words[part] = "useless here"
+        else:
+            words[part] = "undecided"
+    return words
+
+
+def pairs_at_half(row):
+    """The logarithm to base 2 of the number of pairs at which a model's accuracy falls to a half.
+
+    It is read off straight lines between the measured numbers, and cut to 2 and 64 pairs."""
+    numbers = sorted(int(name.split("_")[1]) for name in row if name.startswith("accuracy_"))
+    values = [float(row[f"accuracy_{n}"]) for n in numbers]
+    for (n, high), (m, low) in zip(zip(numbers, values), zip(numbers[1:], values[1:])):
+        if high >= 0.5 > low:
+            return math.log2(n) + (high - 0.5) / (high - low) * math.log2(m / n)
+    return math.log2(numbers[-1] if values[-1] >= 0.5 else numbers[0])
+
+
+def trainable(rows, task, arm):
+    """Whether half of an arm's seeds or more reach twice the accuracy of chance, which is 1/16."""
+    reached = by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{TASKS[task]}"]) > 2 / 16)
+    return sum(reached.values()) >= len(reached) / 2
+
+
+def print_contrasts(table, unit="", scale=1.0):
+    print(f"{'family':13}{'contrast':32}{'task':14}{'change':>9}{'95 % interval':>19}{'Holm p':>9}")
+    for line in table:
+        low, high = (f"{scale * bound:+.2f}" for bound in interval(line))
+        print(f"{line['family']:13}{line['arm'] + ' - ' + line['base']:32}{line['task']:14}"
+              f"{scale * line['estimate']:+9.2f}{f'{low} to {high}':>19}{line['holm']:9.3f}{unit}")
+
+
+def print_recall(rows):
+    """Prints accuracies, contrasts of their logits, and what the rule says."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    print(f"{'mean accuracy (least, most)':28}" + "".join(f"{task:>22}" for task in TASKS))
+    for arm in arms:
+        cells = []
+        for task, n in TASKS.items():
+            found = list(by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{n}"])).values())
+            cells.append(f"{np.mean(found):.3f} ({min(found):.3f}, {max(found):.3f})")
+        print(f"{arm:28}" + "".join(f"{cell:>22}" for cell in cells))
+    print("\nmargin, in logits: " + ", ".join(f"{t} {margin(rows, t):.2f}" for t in TASKS) + "\n")
+    print_contrasts(recall_contrasts(rows))
+    print()
+    for part, word in judge_recall(rows).items():
+        print(f"{part}: {word}")
+    for task in TASKS:
+        dead = [arm for arm in arms if arm != "no attention" and not trainable(rows, task, arm)]
+        if dead:
+            print(f"not trainable on {task}: {', '.join(dead)}")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["recall"]:
+        sys.exit(print_recall(read(sys.argv[2])))
     *which, path = sys.argv[1:] or [""]
     if which not in ([], ["neighbours"]) or not path:
         sys.exit(__doc__)
