@@ -391,6 +391,18 @@ def print_recall(rows):
         if dead:
             print(f"not trainable on {task}: {', '.join(dead)}")
 
+TWINS = [("dynamic", "Sana"), ("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic"), ("DyDiLA", "Sana"),
+         ("DyDiLA", "DyDiLA without convolution"), ("DyDiLA", "DiT")]
+
+
+def twins_contrasts(rows):
+    """A dictionary per contrast of the twins' scores. Holm's correction over all."""
+    scores = {arm: {int(row["seed"]): float(row["score"]) for row in rows if row["arm"] == arm}
+              for arm in dict.fromkeys(row["arm"] for row in rows)}
+    table = [dict(family="twins", arm=arm, base=base, task="score",
+                  **paired(scores[arm], scores[base])) for arm, base in TWINS]
+    return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
+
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["recall"]:
