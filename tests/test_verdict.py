@@ -1,15 +1,11 @@
-"""The analysis of the experiments of notebooks 10 and 11 against closed forms and numbers made by hand."""
-import argparse
+"""The analysis of notebooks 10, 11 and A against closed forms and numbers made by hand."""
 import math
 
 import matplotlib
 import numpy as np
 import pytest
-import torch
 
-import dydilit
-import train
-from lab import common, ladder, plan, silenced, verdict
+from lab import ladder, plan, verdict
 from lab.neighbours import NEIGHBOURS
 
 matplotlib.use("agg")                       # draws without a screen
@@ -22,37 +18,24 @@ def test_tails_of_student_s_t_in_closed_form(t):
     assert verdict.tail(-t, 2) == verdict.tail(t, 2)
 
 
-@pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (18, 2.1009), (63, 1.9983)])
+@pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (19, 2.0930)])
 def test_quantiles_are_those_of_the_tables(df, t):
     assert verdict.quantile(df) == pytest.approx(t, abs=1e-4)
 
 
-def test_two_ways_by_hand():
-    # Means 2, 4, 9; seeds' shares -1, 0, 1; remainders whose rows and columns add up to zero. Their squares sum to 10.
-    remainders = [[1, -1, 0], [-2, 1, 1], [1, 0, -1]]
-    fit = verdict.TwoWay({(name, seed): mean + seed - 1 + remainders[i][seed]
-                          for i, (name, mean) in enumerate(zip("abc", (2, 4, 9))) for seed in range(3)})
-    assert fit.df == 4 and fit.sd == pytest.approx(math.sqrt(10 / 4))
-    estimate, half, p = fit.difference("b", "a")
-    error = math.sqrt(10 / 4) * math.sqrt(2 / 3)
-    assert estimate == pytest.approx(2)
-    assert half == pytest.approx(2.7764 * error, rel=1e-4)
-    assert p == pytest.approx(verdict.tail(2 / error, 4))
-
-
-def test_two_variants_are_the_paired_t_test():
-    pairs = [(1.0, 2.0), (3.0, 3.5), (2.0, 4.5)]            # differences 1, 0.5, 2.5: mean 4/3, variance 13/12
-    fit = verdict.TwoWay({(name, seed): pair[i] for seed, pair in enumerate(pairs) for i, name in enumerate("ab")})
-    estimate, half, _ = fit.difference("b", "a")
-    assert fit.df == 2 and estimate == pytest.approx(4 / 3)
-    assert half == pytest.approx(4.3027 * math.sqrt(13 / 12 / 3), rel=1e-4)
-
-
-def test_a_missing_run_is_no_zero():
-    values = {(name, seed): mean + 10 * seed for name, mean in zip("abc", (1, 2, 4)) for seed in range(3)}
-    values = {at: value + (0.1 if at == ("a", 0) else 0) for at, value in values.items() if at != ("c", 2)}
-    fit = verdict.TwoWay(values)
-    assert fit.df == 3 and fit.difference("c", "b")[0] == pytest.approx(2, abs=0.1)
+def test_the_paired_t_test_by_hand():
+    # Differences 1, 0.5 and 2.5 have mean 4/3 and variance 13/12. Seeds 8 and 9 have no partner.
+    line = verdict.paired({1: 2.0, 2: 3.5, 3: 4.5, 8: 0.0}, {9: 7.0, 3: 2.0, 2: 3.0, 1: 1.0})
+    error = math.sqrt(13 / 12 / 3)
+    assert line["df"] == 2 and line["estimate"] == pytest.approx(4 / 3)
+    assert line["error"] == pytest.approx(error)
+    assert line["p"] == pytest.approx(1 - (4 / 3 / error) / math.sqrt(2 + (4 / 3 / error) ** 2), rel=1e-4)
+    low, high = verdict.interval(line)
+    assert (low, high) == pytest.approx((4 / 3 - 4.3027 * error, 4 / 3 + 4.3027 * error), rel=1e-4)
+    low, high = verdict.interval(line, 0.90)
+    assert high - low == pytest.approx(2 * 2.9200 * error, rel=1e-4)
+    with pytest.raises(ValueError, match="two seeds"):
+        verdict.paired({1: 1.0, 2: 2.0}, {1: 1.0, 3: 2.0})
 
 
 def test_holm_by_hand():
@@ -61,108 +44,128 @@ def test_holm_by_hand():
     assert verdict.holm([0.6, 0.7]) == [1, 1]
 
 
-def made_up(printed=0.0, wobble=0.01):
-    """Eighty runs: only DiT differs, by a third, and Eq. 8 as printed with the convolution, by `printed`."""
+# ---- Recall -----------------------------------------------------------------------------------
+
+ARMS = dict.fromkeys(name for pairs in verdict.FAMILIES.values() for pair in pairs for name in pair)
+
+
+def recall_rows(**shifts):
+    """Twenty seeds of every arm at accuracy .5, softmax at .99; shifts: {arm: {task: logits}}."""
     rows = []
-    for i, variant in enumerate(verdict.VARIANTS):
-        for seed in range(100, 110):
-            log = 0.03 * (seed - 104) + wobble * math.sin(7 * i + 3 * seed) + math.log(1.5) * (variant == "dit")
-            log += printed * (variant == verdict.RUNG6["none"])
-            rows.append(dict(variant=variant, seed=str(seed), commit="abc", cfg2_KID=str(math.exp(log)), held_out_log=str(log)))
+    for arm in [*ARMS, "softmax, 4 heads"]:
+        for task, n in verdict.TASKS.items():
+            for seed in range(21):
+                logit = 0.1 * seed + 0.02 * math.sin(7 * len(arm) + 3 * seed)
+                logit += shifts.get(arm.replace(" ", "_"), {}).get(task, 0)
+                accuracy = 0.99 if arm == "softmax" else 1 / (1 + math.exp(-logit))
+                if seed == 20:                                      # a pilot's seed, not to count
+                    accuracy = 0.01
+                rows.append(dict(arm=arm, task=task, seed=str(seed), **{f"accuracy_{n}": str(accuracy)}))
     return rows
 
 
-def test_the_verdict_finds_what_was_put_in_and_nothing_else():
-    table = verdict.judge(made_up())
+def test_margin_is_a_tenth_of_softmax_minus_relu():
+    middle = np.mean([0.1 * seed + 0.02 * math.sin(7 * 4 + 3 * seed) for seed in range(20)])
+    for task in verdict.TASKS:
+        assert verdict.margin(recall_rows(), task) == pytest.approx((math.log(99) - middle) / 10)
+
+
+def test_logits_are_cut():
+    assert verdict.logit(0.5) == 0 and verdict.logit(0.75) == pytest.approx(math.log(3))
+    assert verdict.logit(1.0) == verdict.logit(0.99) == pytest.approx(math.log(99))
+    assert verdict.logit(0.0) == pytest.approx(-math.log(99))
+
+
+def test_nothing_different_is_useless_here():
+    table = verdict.recall_contrasts(recall_rows())
+    assert len(table) == 3 * sum(map(len, verdict.FAMILIES.values()))
+    assert set(verdict.judge_recall(recall_rows()).values()) == {"useless here"}
+    for line in table:
+        assert line["holm"] >= line["p"] and (line["base"] == "softmax" or abs(line["estimate"]) < 0.05)
+
+
+def test_a_part_is_useful_if_it_helps_where_it_should_and_hurts_nowhere():
+    better, other = dict(interference=1.0), dict(heterogeneity=1.0)
+    assert verdict.judge_recall(recall_rows(DyDiLA=better))["the differential"] == "useful"
+    assert verdict.judge_recall(recall_rows(DyDiLA=other))["the differential"] == "undecided"
+    worse = dict(interference=1.0, sharpness=-1.0)
+    assert verdict.judge_recall(recall_rows(DyDiLA=worse))["the differential"] == "undecided"
+    equal = {"DyDiLA": better, "dynamic,_equal_cost": better}           # cost alone would do as much
+    assert verdict.judge_recall(recall_rows(**equal))["the differential"] == "undecided"
+
+
+def test_holm_corrects_within_a_family():
+    table = verdict.recall_contrasts(recall_rows(DyDiLA=dict(interference=0.03)))
+    for family in verdict.FAMILIES:
+        lines = [line for line in table if line["family"] == family]
+        assert [line["holm"] for line in lines] == verdict.holm([line["p"] for line in lines])
+
+
+def test_an_arm_at_chance_is_not_trainable(capsys):
+    rows = recall_rows(signed=dict(sharpness=-9.0))
+    assert not verdict.trainable(rows, "sharpness", "signed")
+    assert verdict.trainable(rows, "interference", "signed")
+    verdict.print_judgement(rows)
+    assert "not trainable on sharpness: signed" in capsys.readouterr().out
+
+
+def test_pairs_at_half_are_read_off_straight_lines():
+    row = dict(arm="x", accuracy_2="0.9", accuracy_4="0.75", accuracy_8="0.25", accuracy_64="0.2")
+    assert verdict.pairs_at_half(row) == pytest.approx(2.5)
+    assert verdict.pairs_at_half(dict(accuracy_2="0.4", accuracy_64="0.1")) == 1
+    assert verdict.pairs_at_half(dict(accuracy_2="0.9", accuracy_64="0.5")) == 6
+
+
+def test_the_twins_contrasts_are_paired_by_seed():
+    arms = dict.fromkeys(name for pair in verdict.TWINS for name in pair)
+    rows = [dict(arm=arm, seed=str(seed), score=str(i + seed + 0.1 * math.sin(i * seed)))
+            for i, arm in enumerate(arms) for seed in range(8)]
+    table = verdict.twins_contrasts(rows)
+    assert [round(line["estimate"]) for line in table] == [
+        list(arms).index(a) - list(arms).index(b) for a, b in verdict.TWINS]
+    assert all(line["df"] == 7 for line in table)
+
+
+# ---- The eighty runs --------------------------------------------------------------------------
+
+def made_up():
+    """Eighty runs and the neighbours': DiT is worse by a half, EDiT better by a fifth."""
+    rows = []
+    for i, variant in enumerate([*verdict.VARIANTS, *NEIGHBOURS]):
+        for seed in range(100, 111):
+            log = 0.03 * (seed - 104) + 0.01 * math.sin(7 * i + 3 * seed)
+            log += math.log(dict(dit=1.5, edit=0.8).get(variant, 1)) + 9 * (seed == 110)    # not in the plan
+            rows.append(dict(variant=variant, seed=str(seed), cfg2_KID=str(math.exp(log)), held_out_log=str(log),
+                             **{f"band{b}": str(math.exp(log) * (b + 1)) for b in range(10)}))
+    return rows
+
+
+def test_contrasts_find_what_was_put_in_and_nothing_else(capsys):
+    table = verdict.compare(made_up(), verdict.PLANNED)
     assert len(table) == 16
     for line in table:
-        if line["base"] == "dit":
-            assert verdict.percent(line["estimate"]) == pytest.approx(-33.3, abs=1) and line["holm"] < 1e-6
-        else:
-            assert abs(line["estimate"]) < 0.02 and line["holm"] > 0.05
-    assert not verdict.printed_is_worse(table)
+        found, worse = verdict.percent(line["estimate"]), line["base"] == "dit"
+        assert found == pytest.approx(-33.3 * worse, abs=2) and (line["holm"] < 1e-6) == worse
+    assert [line["holm"] for line in table] == verdict.holm([line["p"] for line in table])
+    verdict.print_table(table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 100
 
 
-def test_the_rule_follows_contrast_1_and_its_sign():
-    worse, better = verdict.judge(made_up(printed=0.1)), verdict.judge(made_up(printed=-0.1))
-    assert verdict.printed_is_worse(worse) and not verdict.printed_is_worse(better)
-    chosen = [{line["variant"] for line in table if line["base"] in ("sana", "dit")} for table in (worse, better)]
-    assert chosen == [{verdict.RUNG6["mass"]}, {verdict.RUNG6["none"]}]
-
-
-def test_a_table_of_unfinished_runs_is_not_shown(capsys):
-    verdict.show(made_up()[:-1])
-    shown = capsys.readouterr().out
-    assert "79 of 80" in shown and "missing: dit" in shown and "Holm" not in shown
-    verdict.show(made_up())
-    shown = capsys.readouterr().out
-    assert shown.count("KID") == 8 and max(map(len, shown.splitlines())) < 100
-
-
-def beside(wobble=0.01):
-    """Notebook 10's made-up runs and notebook 11's: EDiT has a fifth less of both measures, DiG twice as much."""
-    rows = made_up()
-    for i, name in enumerate(verdict.NEIGHBOURS):
-        for seed in range(100, 105):
-            log = 0.03 * (seed - 104) + wobble * math.sin(5 * i + 2 * seed) + math.log(dict(edit=0.8, dig=2).get(name, 1))
-            rows.append(dict(variant=name, seed=str(seed), commit="def", cfg2_KID=str(math.exp(log)), held_out_log=str(log)))
-    return rows
-
-
-def test_the_neighbours_are_each_compared_with_dydi_lit():
-    table = verdict.judge_neighbours(beside())
-    assert [(line["variant"], line["base"]) for line in table] == [(verdict.OURS, n) for n in verdict.NEIGHBOURS for _ in "12"]
+def test_the_neighbours_have_five_seeds():
+    table = verdict.compare(made_up(), verdict.BESIDE, verdict.NEIGHBOUR_SEEDS)
     for line in table:
-        change, found = dict(edit=25, dig=-50).get(line["base"], 0), verdict.percent(line["estimate"])
-        assert found == pytest.approx(change, abs=2) and (line["holm"] < 1e-6 if change else line["holm"] > 0.05)
-    assert [line["holm"] for line in table] == verdict.holm([line["p"] for line in table])         # over 5 x 2
-    fit = verdict.fits_of(beside(), verdict.BESIDE, verdict.BESIDE_SEEDS)["KID"]
-    assert fit.df == 5 * 4                                  # six systems, five seeds, none of notebook 10's other runs
-    assert verdict.judge(beside()) == verdict.judge(made_up())      # nor do the neighbours' count there
+        assert line["df"] == 4
+        assert verdict.percent(line["estimate"]) == pytest.approx(25 * (line["base"] == "edit"), abs=2)
 
 
-def test_the_neighbours_table_waits_for_its_runs(capsys):
-    verdict.show_neighbours([row for row in beside() if row["variant"] != "lit"])
-    shown = capsys.readouterr().out
-    assert "25 of 30" in shown and "missing: lit" in shown and "Holm" not in shown
-    verdict.show_neighbours(beside())
-    shown = capsys.readouterr().out
-    assert "30 of 30 runs, commit abc, def" in shown and shown.count("DyDi-LiT against") == 10
-
-
-def test_the_levels_are_means_of_a_variants_own_runs(capsys):
-    columns = ("cfg2_KID", "cfg2_FID", "cfg2_precision", "cfg2_recall", "cfg1_FID", "cfg4_FID")
-    rows = [dict(variant=variant, seed=str(seed), **{column: str(i + seed / 100) for column in columns})
-            for i, variant in enumerate(verdict.VARIANTS) for seed in (*verdict.SEEDS, 7)]              # 7 is not in the plan
-    blocks = [dict(variant=variant, seed="100", row_variance=value, subtracted_q="" if variant == "dit" else "0.2")
-              for variant in verdict.VARIANTS for value in ("1", "2")]
-    verdict.print_levels(rows, blocks)
+def test_errors_are_multiples_of_the_floor(capsys):
+    floors = [dict(timesteps_from=str(100 * b), squared_error=str((b + 1) / 2)) for b in range(10)]
+    verdict.print_floors(made_up(), floors)
     title, *lines = capsys.readouterr().out.splitlines()
-    assert [line[:18].strip() for line in lines] == list(verdict.NAMES.values()) and max(map(len, [title, *lines])) < 100
-    assert lines[4].split()[-8:] == ["5.04", "5.0", "5.04", "5.04", "5.0", "5.0", "1.50", "0.200"]      # 4 + the mean of 1.00 to 1.09
-    assert lines[7].split() == ["DiT", "8.04", "8.0", "8.04", "8.04", "8.0", "8.0", "1.50"]
-
-
-def test_the_levels_begin_with_the_squared_error(capsys):
-    verdict.print_levels([dict(variant=variant, seed="100", held_out_loss="0.0305") for variant in verdict.VARIANTS], [])
-    title, *lines = capsys.readouterr().out.splitlines()
-    assert title.split() == ["error"] and all(line.endswith(" 0.0305") and len(line) == title.index("error") + 5 for line in lines)
-    rows = [dict(variant="lit", seed=str(seed), held_out_loss=f"0.{seed}") for seed in (100, 102, 109)]
-    verdict.print_levels(rows, [], {"lit": "LiT"}, verdict.BESIDE_SEEDS)                                # 109 is not in the plan
-    assert capsys.readouterr().out.splitlines()[1].split() == ["LiT", "0.1010"]
-
-
-def test_bands_are_ratios_to_each_base(capsys):
-    losses = {verdict.OURS: 0.5, verdict.RUNG6["mass"]: 1.0, "sana": 0.5, "dit": 0.25}
-    rows = [dict(variant=variant, seed=str(seed), **{f"log_band{i}": str(math.log(loss) + seed / 100) for i in range(10)})
-            for variant, loss in losses.items() for seed in (*verdict.SEEDS, 7)]                        # 7 is not in the plan
-    verdict.print_bands(rows)
-    title, *lines = capsys.readouterr().out.splitlines()
-    assert title.split()[2:] == [str(100 * i) for i in range(10)] and len({len(line) for line in lines}) == 1
-    assert [line.split()[-20:-18] for line in lines] == [["-50", "%"], ["+0", "%"], ["+100", "%"]]
-    rows += [dict(variant="lit", seed="100", **{f"log_band{i}": str(math.log(0.625) + 1) for i in range(10)})]
-    verdict.print_bands(rows, ["lit"], {"lit": "LiT"}, range(100, 101))
-    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["to", "LiT", "-20", "%"]
+    assert title.split()[2:] == [str(100 * b) for b in range(10)]
+    assert [line[:20].strip() for line in lines] == list(verdict.NAMES.values())
+    assert all(float(number) == pytest.approx(2, rel=0.05) for number in lines[0].split()[-10:])
+    assert all(float(number) == pytest.approx(3, rel=0.05) for number in lines[-1].split()[-10:])
 
 
 def test_the_loss_without_attention_is_a_ratio(capsys):
@@ -175,81 +178,15 @@ def test_the_loss_without_attention_is_a_ratio(capsys):
     assert shown[0][20:].split() == ["+100.0", "%", "+0.0", "+300.0", "5.0e-01"] and shown[-1][20:].split()[-1] == "+300.0"
 
 
-@pytest.mark.parametrize("variant", ["rung6", "rung5:normalizer=mass", "sana", "dit"])
-def test_a_silenced_attention_is_one_whose_output_is_zero(variant):
-    model = dydilit.build_model(train.SMALL_MODEL, ladder.blocks_of(variant), depth=1, **{"dit": dict(attention="softmax", n_heads=4),
-                                "sana": dydilit.LADDER[0][1], "rung5:normalizer=mass": dict(dwc=False)}.get(variant, {}))
-    attn, x = model.blocks[0].attn, torch.randn(2, 64, 96)
-    before = attn(x)
-    silenced.silence(attn)
-    convolved = 0 if getattr(attn, "dwc", None) is None else attn.dwc(attn.qkv(x).chunk(3, dim=-1)[-1])
-    want = attn.proj.bias + convolved @ attn.proj.weight.T if variant == "rung6" else attn.proj.bias.expand_as(x)
-    torch.testing.assert_close(attn(x), want)
-    assert not torch.allclose(before, want)
-
-
-@pytest.mark.parametrize("name", NEIGHBOURS)
-def test_a_silenced_neighbour_keeps_only_bias_and_convolution(name):
-    attn = dydilit.build_model(train.SMALL_MODEL, NEIGHBOURS[name], depth=2, n_heads=6).blocks[1].attn
-    x, bias = torch.randn(2, 64, 96), 0 if attn.proj.bias is None else attn.proj.bias
-    before = attn(x)
-    silenced.silence(attn)
-    want = torch.zeros_like(x) + bias
-    if name == "lit":
-        heads = attn.qkv(x).chunk(3, dim=-1)[-1].unflatten(-1, (2, 48))                                 # (B, N, h, d/h)
-        images = heads.permute(0, 2, 3, 1).reshape(4, 48, 8, 8)                                         # (B h, d/h, side, side)
-        want = attn.proj(attn.dwc(images).reshape(2, 96, 64).transpose(1, 2))
-    torch.testing.assert_close(attn(x), want)
-    assert not torch.allclose(before, want)
-
-
-def test_the_stability_table_has_a_line_for_each_run(capsys):
-    line = dict(normalizer="none", model="DyDi-LiT-S/2", dtype="float32", steps="300", loss="0.1", largest_gradient_norm="2.5",
-                largest_output="4.1", largest_output_16384="0.7", finite="True")
-    verdict.print_stability([line, {**line, "normalizer": "mass"}])
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 3 and shown[1].split() == list(line.values()) and len({len(text) for text in shown}) == 1
-
-
-def test_the_picture_has_a_cell_for_each_line_and_a_frame_for_what_survives(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plan.plt, "show", lambda: figures.append(plan.plt.gcf()))
-    table = verdict.judge(made_up(printed=0.1))
-    plan.contrasts_picture(table)
-    plan.plt.close(figures[0])
-    ax, = figures[0].axes
-    framed = [cell for cell in ax.patches if cell.get_edgecolor()[3] > 0]
-    assert len(ax.patches) == len(table) == 16
-    assert len(framed) == sum(line["holm"] < 0.05 for line in table) == 6       # contrasts 1, 4a and 6
-    assert {text.get_text() for text in ax.get_yticklabels()} == set(plan.WORDS.values())
-
-
-def test_samples_come_with_their_nearest_training_pictures(tmp_path, monkeypatch):
+def test_nearest_pictures_may_be_mirrored():
     rng = np.random.default_rng(0)
-    training, labels = rng.integers(0, 256, (5000, 8, 8, 3), dtype=np.uint8), np.repeat(np.arange(10), 3)
-    images = {}
-    for i, variant in enumerate(plan.SHOWN.values()):       # every sample is a training picture, nearly, the second mirrored
-        images[variant] = training[30 * i:30 * (i + 1)].copy()
-        images[variant][3] = images[variant][3, :, ::-1]
-        images[variant] ^= 1
-        run = tmp_path / f"{variant.replace(':', '-')}-7-{verdict.SEEDS[0]}"
-        run.mkdir()
-        np.savez(run / f"samples-cfg{ladder.RECIPE}-30-20.npz", arr_0=images[variant], arr_1=labels)
-    monkeypatch.setattr(common, "cifar10", lambda folder: argparse.Namespace(images=training))
-    plan.keep_samples(tmp_path, "somewhere", tmp_path / "samples.npz")
-    with np.load(tmp_path / "samples.npz") as file:
-        kept, found = file["images"], file["nearest"]
-    assert kept.shape == found.shape == (4, 10, 8, 8, 3)
-    for i, variant in enumerate(plan.SHOWN.values()):
-        assert (kept[i] == images[variant][::3]).all() and (found[i] ^ 1 == kept[i]).all()
-    shown = []
-    monkeypatch.setattr(plan.plt, "show", lambda: shown.append(plan.plt.gcf()))
-    plan.show_samples(tmp_path / "samples.npz")
-    ax, = shown[0].axes
-    plan.plt.close(shown[0])
-    assert [label.get_text() for label in ax.get_yticklabels()] == list(plan.SHOWN)
+    training = rng.integers(0, 256, (5000, 8, 8, 3), dtype=np.uint8)
+    images = training[[7, 3, 4000]] ^ 1
+    images[1] = images[1, :, ::-1]
+    found = plan.nearest(images, training)
+    assert (found ^ 1 == images).all()
 
 
 def test_the_variants_are_those_of_the_ladder(known):
-    for variant in verdict.VARIANTS + verdict.BESIDE:
+    for variant in [*verdict.VARIANTS, *NEIGHBOURS]:
         ladder.flags(variant, known)

@@ -16,14 +16,14 @@ from matplotlib import pyplot as plt
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 from lab import example, figures, plan, verdict  # noqa: E402
 from lab.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VIOLET  # noqa: E402
-from lab.first_runs import RESULTS  # noqa: E402, F401
+from lab.verdict import RESULTS  # noqa: E402, F401
 
 # The eight systems with their looks, and what ladder.py calls them.
 LOOKS = {"DiT": (BLUE, "-", "o"), "PixArt-Sigma": (SKY, "--", "s"), "MoH-DiT": (BLACK, ":", "^"), "Sana": (GREY, "--", "D"),
          "EDiT": (GREEN, "-.", "v"), "LiT": (PINK, (0, (3, 1)), "X"), "DiG": (VIOLET, (0, (8, 3)), "P"),
          "DyDi-LiT": (ORANGE, "-", "*")}
 VARIANTS = {"DiT": "dit", "PixArt-Sigma": "pixart", "MoH-DiT": "moh", "Sana": "sana", "EDiT": "edit", "LiT": "lit", "DiG": "dig",
-            "DyDi-LiT": verdict.OURS}
+            "DyDi-LiT": verdict.RUNG6["mass"]}
 figures.LOOKS.update(LOOKS)
 
 
@@ -92,7 +92,7 @@ def course_module(kind, *arguments):
 def small_strip(maps, *names):
     """figures.strip() of the maps with these names, with fewer pixels: this lesson has many."""
     with plt.rc_context({"figure.dpi": 90}):
-        figures.strip({name: maps[name] for name in names}, error=False)
+        figures.strip({name: maps[name] for name in names})
 
 
 def processor_ms(functions, repeats):
@@ -145,7 +145,7 @@ def show_runs(rows):
     _, axes = plt.subplots(1, 2, figsize=(12.6, 4.6), sharey=True, gridspec_kw={"wspace": 0.12})
     for ax, (measure, value) in zip(axes, verdict.MEASURES.items()):
         for i, (name, variant) in enumerate(VARIANTS.items()):
-            logs = [value(row) for row in verdict.chosen(rows, [variant], verdict.BESIDE_SEEDS)]
+            logs = [value(row) for row in verdict.chosen(rows, [variant], verdict.NEIGHBOUR_SEEDS)]
             ax.plot(np.exp(logs), [i] * len(logs), linestyle="", marker="o", color=LOOKS[name][0], alpha=0.6)
             ax.plot(np.exp(np.mean(logs)), i, linestyle="", marker="|", markersize=26, markeredgewidth=3, color=LOOKS[name][0])
         ax.set(xlabel=measure + ", less is better", xscale="log", yticks=range(len(VARIANTS)), yticklabels=list(VARIANTS))
@@ -159,7 +159,7 @@ def show_runs(rows):
 
 def keep_samples(folder, out):
     """A sample of each class and system, of the first seed, from ladder.py's folder of the data."""
-    np.savez_compressed(out, images=plan.first_samples(folder, VARIANTS.values(), verdict.BESIDE_SEEDS[0]), names=list(VARIANTS))
+    np.savez_compressed(out, images=plan.first_samples(folder, VARIANTS.values(), verdict.NEIGHBOUR_SEEDS[0]), names=list(VARIANTS))
 
 
 def show_samples(path):

@@ -151,25 +151,13 @@ def denoising_error(name, seed=0, copies=16):
         return ((out - ex.v).square().mean() / ex.v.square().mean()).item()
 
 
-def denoised(*names, seed=0):
-    """{name: (3, SIDE, SIDE) in [-1, 1]}: the patches' mean colours, read off each attention's output for one noisy copy.
-
-    "clean" is what the output should be, "nothing" the noisy values. Each features' token has a length and a scale that
-    features() took away; they are given back, the clean photograph's in all pictures.
-    """
-    ex = example(seed)
-    patches = F.avg_pool2d(photo(64), 4)[0].flatten(1).T                                # (256, 3), the true colours
-    scale = (patches - patches.mean(dim=0)) / ex.features[:, :3]
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1000 + seed)
-        x = noisy(ex, copies=1)
-        v = x @ ex.w_v
-        outputs = {name: ex.v if name == "clean" else v[0] if name == "nothing" else attention(name, seed)(x, v)[0] for name in names}
-    read = torch.linalg.pinv(ex.embed @ ex.w_v)[:, :3]                                  # from values back to features
-    return {name: (patches.mean(dim=0) + scale * (out @ read)).T.reshape(3, SIDE, SIDE) for name, out in outputs.items()}
-
-
 def shares(row, ex):
-    """The strip's shares and entropy: share of |attention| on the face, on the sky, and row entropy. row: (256,)."""
-    row = row.abs() / row.abs().sum()
-    return row[ex.face].sum().item(), row[ex.sky].sum().item(), row_entropy(row).item()
+    """The strip's numbers of one query's weights, row (256,), a namespace of
+
+    face, sky: what they have of all weight above zero; negative: the part of |weight| that lies below zero;
+    net: what the face has of the sum of all weights; entropy: of |weight|, from 0 to 1.
+    """
+    above = row.clamp_min(0) / row.clamp_min(0).sum()
+    negative = row.clamp_max(0).sum().abs() / row.abs().sum()
+    return types.SimpleNamespace(face=above[ex.face].sum().item(), sky=above[ex.sky].sum().item(), negative=negative.item(),
+                                 net=(row[ex.face].sum() / row.sum()).item(), entropy=row_entropy(row.abs() / row.abs().sum()).item())

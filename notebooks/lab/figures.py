@@ -21,6 +21,10 @@ LOOKS = {"softmax": (BLUE, "-", "o"), "ReLU": (GREY, "--", "s"), "focused": (GRE
          "differential": (ORANGE, (0, (6, 1, 1, 1)), "v"), "convolution": (SKY, (0, (8, 3)), "P"),
          "projected": (VIOLET, (0, (3, 1)), "X")}
 LABELS = {"convolution": "whole module"}    # the word in pictures, where it is not the name: attention and convolution together
+# The arms of recall.py: those with a part of the module have its colour.
+LOOKS |= {"no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
+          "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, (0, (3, 1)), "P"),
+          "signed": (BLACK, (0, (8, 3)), "*")}
 # So has in lesson 2 a way to give a router its gradient. What does not learn is grey.
 LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
           "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
@@ -136,30 +140,30 @@ def show_example(ax, ex):
     ax.set_title("query (red), face\n(yellow), sky (white)", fontsize=13)
 
 
-def strip(maps, ex=None, error=True):
-    """The example's query in each of {name: map}: small pictures on one colour scale, under each its numbers.
+def strip(maps, ex=None):
+    """The example's query in each of {name: map}: small pictures on one colour scale, under each its numbers, see shares().
 
-    The first is the denoising error, of names that example.py knows; error=False leaves it out. Shares and entropy are
-    of |weight|, divided by its sum. maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on.
+    maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on.
     """
     ex = ex or spine.example()
     rows = {name: m[ex.query] if m.dim() == 2 else m for name, m in maps.items()}
-    errors = {name: spine.denoising_error(name, ex.seed) for name in rows if error and name in spine.NAMES + spine.TRAINED}
+    signed = min(row.min() for row in rows.values()) < 0
     n = len(rows) + 1
     lines = 1 if n < 6 else 2
     columns = math.ceil(n / lines)
-    fig, axes = plt.subplots(lines, columns, figsize=(2.1 * columns + 1.0, (3.8 if errors else 3.5) * lines), squeeze=False)
+    fig, axes = plt.subplots(lines, columns, figsize=(2.1 * columns + 1.0, (3.8 if signed else 3.5) * lines), squeeze=False)
     first, *panels = axes.flat
     show_example(first, ex)
-    under(first, ["denoising error"] * bool(errors) + ["share on the face", "share on the sky", "row entropy"], bold=bool(errors))
+    above = " above zero" if signed else ""
+    under(first, [f"weight{above} on the face", f"weight{above} on the sky", *["share below zero"] * signed, "row entropy"])
     for ax, (name, row) in zip(panels, rows.items()):
         image = draw_map(ax, row, ex)
         ax.set_title(LABELS.get(name, name), fontsize=14, color=LOOKS[name][0] if name in LOOKS else BLACK, fontweight="bold", pad=20)
         if name in spine.NAMES + spine.TRAINED:
             ax.text(0.5, 1.025, "trained" if name in spine.TRAINED else "not trained", transform=ax.transAxes, ha="center", fontsize=12)
-        face, sky, entropy = spine.shares(row, ex)
-        lines_below = [f"face {face:.0%}", f"sky {sky:.1%}", f"entropy {entropy:.2f}"]
-        under(ax, [f"error {errors[name]:.2f}", *lines_below] if name in errors else lines_below, bold=name in errors)
+        found = spine.shares(row, ex)
+        under(ax, [f"face {found.face:.0%}", f"sky {found.sky:.1%}", *[f"negative {found.negative:.0%}"] * signed,
+                   f"entropy {found.entropy:.2f}"])
     for ax in panels[len(rows):]:
         ax.set_visible(False)
     lowest = min((len(row) * row.min() / row.abs().sum()).item() for row in rows.values())
@@ -169,12 +173,47 @@ def strip(maps, ex=None, error=True):
     plt.show()
 
 
-def under(ax, lines, bold):
-    """Lines of text under a picture, the first of them bold if wanted."""
+def under(ax, lines):
+    """Lines of text under a picture."""
     ax.set_xlabel("\n" * len(lines), fontsize=13)     # keeps room for them
     for i, words in enumerate(lines):
         ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
-                    fontsize=13, fontweight="bold" if bold and i == 0 else "normal")
+                    fontsize=13)
+
+
+# ---- Recall ---------------------------------------------------------------------------------------------------------
+
+def show_set(tokens, query=0):
+    """One of recall.make_sets' sets, a token per row, and an arrow from a query to its pair. tokens: (2 pairs, 35)."""
+    pairs = len(tokens) // 2
+    fig, ax = plt.subplots(figsize=(10, 0.3 * len(tokens) + 1.2))
+    image = ax.imshow(array(tokens), cmap="PuOr", vmin=-3, vmax=3, aspect="auto")
+    ax.set_xticks([7.5, 23.5, 33], ["key, 16 numbers", "value, one of 16", "type"])
+    ax.set_yticks([pairs / 2 - 0.5, 1.5 * pairs - 0.5], ["pairs", "queries"])
+    ax.tick_params(length=0)
+    ax.tick_params(axis="y", pad=36)
+    ax.grid(False)
+    for x in (15.5, 31.5):
+        ax.axvline(x, color=BLACK, linewidth=1)
+    ax.axhline(pairs - 0.5, color=BLACK, linewidth=2)
+    ax.annotate("", (-0.6, query), (-0.6, pairs + query), annotation_clip=False,
+                arrowprops=dict(arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.5"))
+    fig.colorbar(image, ax=ax, shrink=0.9)
+    plt.show()
+
+
+def recall_panel(found, numbers, trained=16, ax=None, title=None):
+    """Accuracy against the number of pairs. found: {name: (seeds, len(numbers))}. Lines are means, dots are seeds."""
+    means = {name: array(values).mean(axis=0) for name, values in found.items()}
+    ax = curves(numbers, means, "pairs in a set", "accuracy", ax=ax, xscale="log", ylim=(0, 1.03), xticks=numbers,
+                yticks=[0, 0.25, 0.5, 0.75, 1], levels={"chance": 1 / 16})
+    for line, values in zip(ax.get_lines(), found.values()):
+        line.set_marker("")
+        for run in array(values):
+            ax.plot(numbers, run, marker="o", markersize=4, linestyle="", color=line.get_color())
+    ax.axvline(trained, color=GREY, linestyle=":", linewidth=1)
+    ax.set_title(title or f"trained with {trained} pairs", fontsize=13)
+    return ax
 
 
 # ---- Grids of pictures and maps -------------------------------------------------------------------------------------

@@ -148,6 +148,13 @@ def noisy(data, t, seed):
     return x, dydilit.GaussianDiffusion().q_sample(x, t, noise), noise, y
 
 
+def noisy_band(data, band):
+    """The held-out images with noise of timesteps within a band, the same in every call. x_0, x_t, noise, labels, t."""
+    width, generator = 1000 // BANDS, torch.Generator().manual_seed(band)
+    t = band * width + torch.randint(width, (len(data.labels),), generator=generator)
+    return *noisy(data, t, seed=1000 + band), t
+
+
 @torch.no_grad()
 def held_out_losses(model, data, batch=100):
     """Losses on held-out images with noise that is always the same, a number per band of timesteps.
@@ -155,11 +162,10 @@ def held_out_losses(model, data, batch=100):
     Returns two lists: the mean squared error of the predicted noise, and the mean logarithm of an image's loss, which is
     what training minimizes.
     """
-    device, width, plain, logs = model.pos_embed.device, 1000 // BANDS, [], []
+    device, plain, logs = model.pos_embed.device, [], []
     diffusion = dydilit.GaussianDiffusion().to(device)
     for band in range(BANDS):
-        t = band * width + torch.randint(width, (len(data.labels),), generator=torch.Generator().manual_seed(band))
-        x, _, noise, y = noisy(data, t, seed=1000 + band)
+        x, _, noise, y, t = noisy_band(data, band)
         batches = zip(*(a.to(device).split(batch) for a in (x, y, t, noise)))
         found = [diffusion.losses(model, *inputs) for inputs in batches]
         plain.append(torch.cat([losses["simple"] for losses in found]).mean().item())

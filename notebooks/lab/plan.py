@@ -1,9 +1,10 @@
-"""Pictures of notebook 10's experiment: its plan as a board of variants, what verdict.py found, and samples.
+"""Pictures of notebooks 10 and A, and the samples that A shows.
 
-    python notebooks/lab/plan.py runs/verdict/cifar10-DyDi-LiT-XS-4 DIR notebooks/results/verdict/samples.npz
+    python notebooks/lab/plan.py runs/verdict/cifar10-DyDi-LiT-XS-4 DIR
 
-After the runs, this keeps a sample of each class from four of the systems, and the training picture nearest to each. DIR
-has the training pictures, as files in CIFAR-10's layout.
+After the eighty runs, this keeps a sample of each class from four of the systems, and the training
+picture nearest to each, in results/verdict/samples.npz. To results/verdict/floors.csv go the errors
+of always predicting the mean picture of the class. DIR has the pictures in CIFAR-10's layout.
 """
 import pathlib
 import sys
@@ -11,69 +12,85 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.patches import FancyBboxPatch
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-from lab import figures, verdict  # noqa: E402
-from lab.figures import GREY, clear  # noqa: E402
-from lab.verdict import contrasts, percent  # noqa: E402
+import dydilit  # noqa: E402
+import train  # noqa: E402
+from lab import figures, twins, verdict  # noqa: E402
+from lab.figures import BLUE, GREEN, GREY, ORANGE  # noqa: E402
 
-# The contrasts' numbers and words.
-WORDS = {ask[:2].strip(): ask[3:].replace(", ", ",\n") for ask in contrasts("")}
-FOUND = {"less": "#a6dcc5", "cannot tell": "#e6e6e6", "more": "#f6b48a"}
+LOOKS = {"sharpness": (BLUE, "o"), "interference": (ORANGE, "s"), "heterogeneity": (GREEN, "D"),
+         "score": (figures.BLACK, "^")}
 
 
-def board():
-    """The eight variants as boxes, the eight contrasts as arrows that lead from what is compared with to what is judged."""
-    ax = plt.subplots(figsize=(11, 4.9))[1]
-    ax.set(xlim=(-1.75, 9.4), ylim=(-0.75, 4.2), aspect="equal")
-    clear(ax)
-    ax.add_patch(FancyBboxPatch((4.85, -0.25), 2.0, 3.5, boxstyle="round,pad=0,rounding_size=0.2", facecolor="#F4F4F4",
-                                edgecolor=GREY, linestyle="--", linewidth=1.5))
-    ax.text(5.85, -0.55, "the better one", ha="center", va="center", fontsize=14, color="#555555")
-    rows, columns = {"printed\nEq. 8": 2.6, "mass": 0.4}, {"λ held at 0": 0, "differential": 2.9, "differential,\nconvolution": 5.85}
-    for word, y in rows.items():
-        ax.text(-0.85, y, word, ha="right", va="center", fontsize=15)
-    for word, x in columns.items():
-        ax.text(x, 3.8, word, ha="center", va="center", fontsize=15)
-    for x, y, word in [*((x, y, "10 runs") for x in columns.values() for y in rows.values()), (8.6, 2.6, "Sana\n10 runs"), (8.6, 0.4, "DiT\n10 runs")]:
-        ax.add_patch(FancyBboxPatch((x - 0.7, y - 0.4), 1.4, 0.8, boxstyle="round,pad=0,rounding_size=0.1", facecolor="white",
-                                    edgecolor="black", linewidth=2, zorder=2))
-        ax.text(x, y, word, ha="center", va="center", fontsize=14, zorder=3)
-    for name, start, end in [("1", (5.85, 0.8), (5.85, 2.2)), ("2a", (0.7, 2.6), (2.2, 2.6)), ("2b", (0.7, 0.4), (2.2, 0.4)),
-                             ("3", (0, 2.2), (0, 0.8)), ("4a", (3.6, 2.6), (5.15, 2.6)), ("4b", (3.6, 0.4), (5.15, 0.4)),
-                             ("5", (7.9, 2.6), (6.85, 2.0)), ("6", (7.9, 0.4), (6.85, 1.0))]:
-        ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", linewidth=2.2, shrinkA=0, shrinkB=0, mutation_scale=20, color="black"))
-        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-        ax.text(x, y, name, ha="center", va="center", fontsize=15, fontweight="bold",
-                bbox=dict(boxstyle="circle,pad=0.15", facecolor="white", edgecolor="black"), zorder=4)
+def every_seed(rows):
+    """Each arm's accuracy on each task: a dot per seed, and a bar at the mean."""
+    arms = verdict.arms_of(rows)
+    _, axes = plt.subplots(1, 3, figsize=(12, 0.34 * len(arms) + 1.3), sharey=True)
+    for ax, (task, n) in zip(axes, verdict.TASKS.items()):
+        for i, arm in enumerate(arms):
+            found = [*verdict.by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{n}"])).values()]
+            ax.plot(found, [i] * len(found), LOOKS[task][1], color=LOOKS[task][0], alpha=0.35, markersize=5)
+            ax.plot(np.mean(found), i, "|", color="black", markersize=14, markeredgewidth=2.5)
+        ax.set(xlim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="accuracy")
+        ax.set_title(f"{task}, {n} pairs", fontsize=14)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
     plt.show()
 
 
-def contrasts_picture(table):
-    """verdict.judge()'s table: contrasts in rows, measures in columns, each cell's colour says what was found.
+def forest(table, margins):
+    """Contrasts as estimates with 95 % intervals, all on one axis, in units of the task's margin.
 
-    In a cell are the change and its 95 % interval. A frame: it survives Holm's correction.
-    """
-    asks, measures = (list(dict.fromkeys(line[key] for line in table)) for key in ("asks", "measure"))
-    fig, ax = plt.subplots(figsize=(10, 0.74 * len(asks) + 1.2))
+    table: of verdict.recall_contrasts; margins: {task: number}. Filled: Holm's p is below .05."""
+    pairs = list(dict.fromkeys((line["family"], line["arm"], line["base"]) for line in table))
+    _, ax = plt.subplots(figsize=(11, 0.62 * len(pairs) + 1.5))
+    ax.axvspan(-1, 1, color=GREY, alpha=0.2, linewidth=0)
+    ax.axvline(0, color=GREY, linestyle="-", linewidth=1)
     for line in table:
-        found = "cannot tell" if abs(line["estimate"]) <= line["half"] else "less" if line["estimate"] < 0 else "more"
-        j, i = measures.index(line["measure"]), asks.index(line["asks"])
-        ax.add_patch(plt.Rectangle((j - 0.48, i - 0.45), 0.96, 0.9, facecolor=FOUND[found],
-                                   edgecolor="black" if line["holm"] < 0.05 else "none", linewidth=2.5))
-        low, middle, high = (f"{percent(line['estimate'] + side * line['half']):+.1f}".replace("-", "−") for side in (-1, 0, 1))
-        ax.text(j - 0.12, i, f"{middle} %", ha="right", va="center", fontsize=17)
-        ax.text(j - 0.06, i, f"{low} to {high}", ha="left", va="center", fontsize=14)
-    ax.set(xlim=(-0.5, len(measures) - 0.5), ylim=(len(asks) - 0.5, -0.5))
-    clear(ax, ticks=True)
-    ax.set_xticks(range(len(measures)), measures, fontsize=16)
-    ax.xaxis.tick_top()
-    ax.tick_params(length=0)
-    ax.set_yticks(range(len(asks)), [WORDS[ask.split()[0]] for ask in asks], fontsize=14)
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in FOUND.values()]
-    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", linewidth=2.5))
-    fig.legend(handles, [*FOUND, "survives Holm's correction"], loc="outside lower center", ncols=4, fontsize=14, frameon=False)
+        colour, marker = LOOKS[line["task"]]
+        y = pairs.index((line["family"], line["arm"], line["base"]))
+        y += 0.24 * (list(margins).index(line["task"]) - 1)
+        low, high = (bound / margins[line["task"]] for bound in verdict.interval(line))
+        ax.plot([low, high], [y, y], color=colour, linestyle="-")
+        ax.plot(line["estimate"] / margins[line["task"]], y, marker, color=colour,
+                fillstyle="full" if line["holm"] < 0.05 else "none")
+    for y, (family, *_) in enumerate(pairs[1:], 1):
+        if family != pairs[y - 1][0]:
+            ax.axhline(y - 0.5, color=GREY, linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(pairs)), [f"{arm} − {base}" for _, arm, base in pairs])
+    ax.set(ylim=(len(pairs) - 0.5, -0.5), xlabel="change of the accuracy's logit, in margins")
+    for task in margins:
+        ax.plot([], [], LOOKS[task][1] + "-", color=LOOKS[task][0], label=task)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.4, 1.06), ncols=3, fontsize=13, frameon=False)
+    plt.show()
+
+
+def show_twins(folder):
+    """Samples of the systems of twins.py that were kept, a row per system, and real pictures."""
+    rows = {arm: torch.from_numpy(np.load(path)) for arm in twins.ARMS
+            if (path := folder / f"twins-{arm.replace(' ', '-')}.npy").exists()}
+    n = len(next(iter(rows.values())))
+    rows["real"] = twins.make_twins(n, torch.Generator().manual_seed(0))[0]
+    figures.show_images(torch.stack(list(rows.values())).clamp(-1, 1), list(rows), width=1.3)
+
+
+def contrasts_picture(table):
+    """verdict.compare()'s table of the eighty runs: contrasts with 95 % intervals, a panel per measure.
+
+    Filled: it survives Holm's correction."""
+    asks, measures = (list(dict.fromkeys(line[key] for line in table)) for key in ("asks", "measure"))
+    _, axes = plt.subplots(1, len(measures), figsize=(11, 0.42 * len(asks) + 1.2), sharey=True)
+    for line in table:
+        ax, y = axes[measures.index(line["measure"])], asks.index(line["asks"])
+        ax.plot([verdict.percent(bound) for bound in verdict.interval(line)], [y, y], "-", color=BLUE)
+        ax.plot(verdict.percent(line["estimate"]), y, "o", color=BLUE,
+                fillstyle="full" if line["holm"] < 0.05 else "none")
+    for ax, measure in zip(axes, measures):
+        ax.axvline(0, color=GREY, linestyle="-", linewidth=1)
+        ax.set_xlabel(f"change of {measure}, %")
+    axes[0].set(yticks=range(len(asks)), yticklabels=asks)
+    axes[0].invert_yaxis()
     plt.show()
 
 
@@ -105,11 +122,27 @@ def nearest(images, training):
     return both[torch.cat(distances, dim=1).argmin(dim=1)].reshape(images.shape)
 
 
-def keep_samples(folder, data_dir, out):
+def keep_samples(folder, training):
     """Writes the samples of SHOWN, of the first seed, and their nearest training pictures."""
-    from lab import common
     images = first_samples(folder, SHOWN.values(), verdict.SEEDS[0])
-    np.savez_compressed(out, images=images, nearest=nearest(images, common.cifar10(data_dir).images), names=list(SHOWN))
+    np.savez_compressed(verdict.RESULTS / "verdict/samples.npz", images=images,
+                        nearest=nearest(images, training.images), names=list(SHOWN))
+
+
+def keep_floors(data_dir, training):
+    """Writes the squared error, by band, of predicting that x_0 is the mean picture of its class.
+
+    Held-out pictures and noise are those on which ladder.py measures the models."""
+    from lab import ladder
+    pixels, labels = train.pixels(training.images), torch.as_tensor(training.labels)
+    means = torch.stack([pixels[labels == c].mean(0) for c in range(10)])
+    data, diffusion, lines = ladder.held_out("cifar10", data_dir), dydilit.GaussianDiffusion(), []
+    for band in range(ladder.BANDS):
+        x, x_t, noise, y, t = ladder.noisy_band(data, band)
+        guess = x_t - diffusion._at("sqrt_alpha_bar", t) * means[y]
+        error = (guess / diffusion._at("sqrt_one_minus", t) - noise).square().mean().item()
+        lines.append(dict(timesteps_from=band * 1000 // ladder.BANDS, squared_error=error))
+    train.save_log(verdict.RESULTS / "verdict/floors.csv", lines)
 
 
 def show_samples(path):
@@ -123,6 +156,8 @@ def show_samples(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    keep_samples(*sys.argv[1:])
+    pictures = train.cifar10(sys.argv[2])
+    keep_samples(sys.argv[1], pictures)
+    keep_floors(sys.argv[2], pictures)

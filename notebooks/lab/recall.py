@@ -1,37 +1,25 @@
-"""Recall: tasks that need attention, and the experiment of notebook 10.
-
-    python notebooks/lab/recall.py pilot        three learning rates for each arm, two seeds
-    python notebooks/lab/recall.py main         then twenty fresh seeds, each arm at its best rate
+"""Recall: tasks that need attention, the arms that are compared on them, and their training.
 
 A set has tokens of two kinds. A pair is a key and one of 16 values. A query is a key alone, and the
 model must say which value its pair has. Keys are fresh random vectors in every set, so nothing can
 be memorized. Tokens have no positions and there is no convolution, so attention alone can bring a
 query to its pair. Each task makes this hard in the way that one part of DyDiLA is meant for.
-
-Each run adds a line to notebooks/results/recall/runs.csv. A run that is there already is not made
-again. With --part 0 2 and --part 1 2, two processes share the work.
+experiment.py makes the runs.
 """
-import argparse
-import pathlib
-import sys
-import time
+import functools
 import zlib
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import dydilit  # noqa: E402
-from lab import gate, ladder  # noqa: E402
-from lab.eq8 import Divided  # noqa: E402
+import dydilit
+from lab.eq8 import Divided
+from lab.neighbours import NEIGHBOURS
 
-RESULTS = pathlib.Path(__file__).parents[1] / "results/recall"
 KEY, VALUES, TYPES, WIDTH = 16, 16, 3, 32           # numbers of a key; values; token types; d
 PAIRS = dict(sharpness=16, interference=8, heterogeneity=16)                # of each task's sets
-STEPS, SETS, RATES = 800, 32, (0.003, 0.01, 0.03)
-PILOT_SEEDS, SEEDS = (100, 101), tuple(range(20))
-OTHER_PAIRS = (2, 4, 8, 16, 32, 64)                 # a trained model is measured on these, too
+STEPS, SETS = 800, 32                               # of training, and sets in a step
 
 
 # ---- The tasks --------------------------------------------------------------------------------
@@ -45,26 +33,29 @@ def rotations():
 def make_sets(task, sets, pairs, generator):
     """Random sets of a task. Each has its pairs first, then one query for each pair.
 
-    sharpness: a query is its key with noise of half the key's size, so near keys must be told apart.
+    sharpness: a query is its key with noise of half the key's size. Near keys must be told apart.
     interference: all keys of a set share a vector as long as themselves, a new one for each set.
     heterogeneity: tokens have one of three types. Each type's keys are turned by its own rotation.
 
     Returns tokens (sets, 2 pairs, KEY + VALUES + TYPES) and the queries' values (sets, pairs)."""
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-    keys = normal(sets, pairs, KEY)
-    queries = keys + 0.5 * normal(sets, pairs, KEY) if task == "sharpness" else keys
-    keys = torch.cat([keys, queries], dim=1)                                # (sets, 2 pairs, KEY)
-    types = torch.zeros(sets, 2 * pairs, TYPES)
-    if task == "interference":
-        keys = keys + normal(sets, 1, KEY)
-    elif task == "heterogeneity":
-        drawn = torch.randint(TYPES, (sets, 2 * pairs), generator=generator)
-        types = F.one_hot(drawn, TYPES).float()
-        keys = (keys.unsqueeze(-2) @ rotations()[drawn]).squeeze(-2)
-    values = torch.randint(VALUES, (sets, pairs), generator=generator)
-    shown = torch.cat([F.one_hot(values, VALUES), torch.zeros(sets, pairs, VALUES)], dim=1)
-    return torch.cat([keys, shown, types], dim=-1), values
+    device = torch.get_default_device()
+    with torch.device("cpu"):                               # the same sets everywhere
+        keys = torch.randn(sets, pairs, KEY, generator=generator)
+        queries = keys
+        if task == "sharpness":
+            queries = keys + 0.5 * torch.randn(sets, pairs, KEY, generator=generator)
+        keys = torch.cat([keys, queries], dim=1)                            # (sets, 2 pairs, KEY)
+        types = torch.zeros(sets, 2 * pairs, TYPES)
+        if task == "interference":
+            keys = keys + torch.randn(sets, 1, KEY, generator=generator)
+        elif task == "heterogeneity":
+            drawn = torch.randint(TYPES, (sets, 2 * pairs), generator=generator)
+            types = F.one_hot(drawn, TYPES).float()
+            keys = (keys.unsqueeze(-2) @ rotations()[drawn]).squeeze(-2)
+        values = torch.randint(VALUES, (sets, pairs), generator=generator)
+        shown = torch.cat([F.one_hot(values, VALUES), torch.zeros(sets, pairs, VALUES)], dim=1)
+        tokens = torch.cat([keys, shown, types], dim=-1)
+    return tokens.to(device), values.to(device)
 
 
 # ---- The arms ---------------------------------------------------------------------------------
@@ -145,6 +136,15 @@ def random_routes():
     return attention
 
 
+def neighbour(parts):
+    """The attention of one of notebook 11's systems. Its tokens lie on a square, row by row.
+
+    PixArt-Sigma's is that of its last blocks, which make one key of four tokens."""
+    config = dydilit.ModelConfig(image_size=128, dim=WIDTH,
+                                 n_heads=8 if parts is NEIGHBOURS["moh"] else 1)
+    return parts(config, config.depth - 1 if parts is NEIGHBOURS["pixart"] else 0)[0]
+
+
 ARMS = {    # the name of each arm, and what makes its attention, (B, N, d) -> (B, N, d)
     "no attention": lambda: dydilit.Mlp(WIDTH),
     "softmax": lambda: Plain(Each(nn.Identity()), dydilit.softmax_attention),
@@ -155,7 +155,7 @@ ARMS = {    # the name of each arm, and what makes its attention, (B, N, d) -> (
     "fixed power": lambda: Plain(Each(lambda z: dydilit.focused_kernel(z, 3.0))),
     "one power": lambda: Plain(dynamic(1)),
     "dynamic": lambda: Plain(dynamic()),
-    "dynamic, equal cost": lambda: Plain(dynamic(width=51), inner=51),      # as DyDiLA's, routers too
+    "dynamic, equal cost": lambda: Plain(dynamic(width=51), inner=51),      # as DyDiLA's
     "routed": lambda: Plain(dynamic(), routed=True),
     "random routes": random_routes,
     "one projector": lambda: differential(1),
@@ -165,6 +165,7 @@ ARMS = {    # the name of each arm, and what makes its attention, (B, N, d) -> (
     "adding": adding,
     "RMS": lambda: differential(form="rms"),
     "RMS, lambda 0": lambda: differential(form="rms", held=0.0),
+    **{name: functools.partial(neighbour, parts) for name, parts in NEIGHBOURS.items()},
 }
 
 
@@ -187,7 +188,7 @@ class Model(nn.Module):
                     nn.init.xavier_uniform_(matrix)
 
     def forward(self, tokens):
-        """tokens: of make_sets. Returns the scores of the queries' values, (sets, pairs, VALUES)."""
+        """tokens: of make_sets. Returns scores for the queries' values, (sets, pairs, VALUES)."""
         x = self.embed(tokens)
         x = x + self.attention(self.norm(x))
         return self.head(x[:, x.shape[1] // 2:])
@@ -210,7 +211,7 @@ def train_model(task, arm, seed, rate, steps=STEPS):
 
 @torch.no_grad()
 def accuracy(model, task, seed, pairs, sets=256):
-    """The share of queries whose value has the largest score, on sets that training has not seen."""
+    """The share of queries whose value has the largest score, on sets not seen in training."""
     generator = torch.Generator().manual_seed(10 ** 6 + seed)
     tokens, values = make_sets(task, sets, pairs, generator)
     return (model(tokens).argmax(dim=-1) == values).float().mean().item()
@@ -222,7 +223,7 @@ def weight_on_target(model, task, seed):
 
     Attention is linear in V. With the identity as V, its output is the map of its weights."""
     attention, n = model.attention, 2 * PAIRS[task]
-    if isinstance(attention, dydilit.Mlp) or getattr(attention, "heads", 1) > 1:
+    if not isinstance(attention, (Plain, dydilit.DyDiLA)) or getattr(attention, "heads", 1) > 1:
         return float("nan")
     seen = []
 
@@ -231,56 +232,9 @@ def weight_on_target(model, task, seed):
         return torch.cat([q, k, torch.eye(n, v.shape[-1]).expand_as(v)], dim=-1)
 
     hooks = [attention.qkv.register_forward_hook(identity_as_v),
-             attention.proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))]
+             attention.proj.register_forward_pre_hook(lambda module, x: seen.append(x[0]))]
     model(make_sets(task, 256, n // 2, torch.Generator().manual_seed(10 ** 6 + seed))[0])
     for hook in hooks:
         hook.remove()
     maps = seen[0][:, n // 2:, :n].abs()                                    # (sets, pairs, n)
     return (maps.diagonal(dim1=1, dim2=2) / maps.sum(dim=-1)).nanmean().item()
-
-
-# ---- The experiment ---------------------------------------------------------------------------
-
-def best_rate(lines, task, arm):
-    """The rate with the best mean accuracy of the pilot seeds, a number."""
-    found = {}
-    for line in lines:
-        if (line["task"], line["arm"]) == (task, arm) and int(line["seed"]) in PILOT_SEEDS:
-            found.setdefault(float(line["rate"]), []).append(float(line[f"accuracy_{PAIRS[task]}"]))
-    if sorted(found) != sorted(RATES) or any(len(v) < len(PILOT_SEEDS) for v in found.values()):
-        raise SystemExit(f"recall.py: {arm} lacks pilot runs on {task}; run the pilot first")
-    return max(found, key=lambda rate: sum(found[rate]))
-
-
-def run(task, arm, seed, rate):
-    start = time.time()
-    model = train_model(task, arm, seed, rate)
-    seconds = time.time() - start
-    line = dict(task=task, arm=arm, seed=seed, rate=rate, commit=ladder.commit())
-    line |= {f"accuracy_{n}": round(accuracy(model, task, seed, n), 6) for n in OTHER_PAIRS}
-    line |= dict(on_target=weight_on_target(model, task, seed), seconds=round(seconds, 1))
-    gate.add_lines(RESULTS / "runs.csv", [line])
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["pilot", "main"])
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = gate.read(RESULTS / "runs.csv")
-    done = {(line["task"], line["arm"], line["seed"], line["rate"]) for line in lines}
-    jobs = [(task, arm, seed, rate) for seed in PILOT_SEEDS for task in PAIRS for arm in ARMS
-            for rate in RATES]
-    if args.stage == "main":
-        rates = {(task, arm): best_rate(lines, task, arm) for task in PAIRS for arm in ARMS}
-        jobs = [(task, arm, seed, rates[task, arm]) for seed in SEEDS for task in PAIRS
-                for arm in ARMS]
-    for job in jobs[args.part[0]::args.part[1]]:
-        if tuple(map(str, job)) not in done:
-            run(*job)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,32 +1,19 @@
-"""Twins: a task in pictures that attention must solve, in the model and the diffusion of dydilit.py.
-
-    python notebooks/lab/twins.py           trains eight seeds of seven systems
+"""Twins: pictures that need attention, for the model and the diffusion of dydilit.py.
 
 A picture of 16x16 pixels has eight random textures of 4x4 pixels, each twice. The upper half has
 each once, and the lower half has them again in another order. All pixels are -1 or 1, each with the
 same chance. Under noise, a pixel tells something about itself and about the same pixel of its twin.
-
-Each run adds a line to notebooks/results/recall/twins.csv. A run that is there already is not made
-again. With --part 0 2 and --part 1 2, two processes share the work. Samples of the first seed
-lie beside it.
+experiment.py makes the runs.
 """
-import argparse
-import pathlib
-import sys
-import time
-
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import dydilit  # noqa: E402
-from lab import eq8, gate, ladder  # noqa: E402
+import dydilit
+from lab import eq8
 
-RESULTS = pathlib.Path(__file__).parents[1] / "results/recall"
 TILES, TILE = 4, 4                              # tiles along a side, pixels along a tile's side
-STEPS, BATCH, RATE, SEEDS = 3000, 16, 0.008, range(8)
+STEPS, BATCH, RATE = 3000, 16, 0.008
 TIMESTEPS = (100, 200, 300, 400)                # of the score; later there is little to gain
 PROCESS = dydilit.GaussianDiffusion()
 
@@ -45,8 +32,9 @@ def to_picture(tiles):
 def make_twins(n, generator):
     """n random pictures (n, 3, 16, 16) of -1 and 1, and the number of each tile's twin, (n, 16)."""
     half = TILES * TILES // 2
-    textures = torch.randint(2, (n, half, 3, TILE, TILE), generator=generator) * 2.0 - 1
-    order = torch.rand(n, half, generator=generator).argsort(dim=1)
+    cpu = dict(generator=generator, device="cpu")
+    textures = torch.randint(2, (n, half, 3, TILE, TILE), **cpu) * 2.0 - 1
+    order = torch.rand(n, half, **cpu).argsort(dim=1)
     lower = torch.take_along_dim(textures, order.view(n, half, 1, 1, 1), dim=1)
     twin = torch.cat([half + order.argsort(dim=1), order], dim=1)
     return to_picture(torch.cat([textures, lower], dim=1)), twin
@@ -61,8 +49,8 @@ def swapped(x, twin):
 def best_denoisers(x_t, twin, t):
     """The expected picture given x_t, by whoever sees one twin and by whoever sees both.
 
-    A pixel that is -1 or 1 with the same chance has the mean tanh(a x / s^2) under q(x_t | x_0) with
-    scale a and noise s. Independent sights add up inside the tanh."""
+    A pixel that is -1 or 1 with the same chance has the mean tanh(a x / s^2) under q(x_t | x_0)
+    with scale a and noise s. Independent sights add up inside the tanh."""
     gain = PROCESS._at("sqrt_alpha_bar", t) / PROCESS._at("sqrt_one_minus", t) ** 2
     return torch.tanh(gain * x_t), torch.tanh(gain * (x_t + swapped(x_t, twin)))
 
@@ -104,7 +92,7 @@ class Denoiser(nn.Module):
 
 
 def train_model(arm, seed, steps=STEPS):
-    """A Denoiser, trained by the cross entropy of the pixels. The rate rises, then falls to zero."""
+    """A Denoiser, trained by the pixels' cross entropy. The rate rises, then falls to zero."""
     denoiser, generator = Denoiser(arm, seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(denoiser.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -141,7 +129,7 @@ def sample(denoiser, n=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3, TILES * TILE, TILES * TILE, generator=generator)
     y = torch.zeros(n, dtype=torch.long)
-    return PROCESS.sample(lambda x, t: denoiser(x, t, y), x, steps=100, sampler="ddim", progress=False)
+    return PROCESS.sample(lambda x, t: denoiser(x, t, y), x, 100, "ddim", progress=False)
 
 
 def agreement(pictures):
@@ -151,28 +139,3 @@ def agreement(pictures):
     tiles = to_tiles(pictures).sign().flatten(2)                            # (B, 16, 48)
     same = (1 + tiles @ tiles.transpose(1, 2) / tiles.shape[-1]) / 2        # (B, 16, 16)
     return (same - 2 * torch.eye(tiles.shape[1])).amax(dim=-1).mean().item()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    done = {(line["arm"], line["seed"]) for line in gate.read(RESULTS / "twins.csv")}
-    jobs = [(arm, seed) for seed in SEEDS for arm in ARMS]
-    for arm, seed in jobs[args.part[0]::args.part[1]]:
-        if (arm, str(seed)) in done:
-            continue
-        start = time.time()
-        denoiser = train_model(arm, seed)
-        seconds, pictures = time.time() - start, sample(denoiser)
-        gate.add_lines(RESULTS / "twins.csv", [dict(
-            arm=arm, seed=seed, commit=ladder.commit(), score=score(denoiser, seed),
-            agreement=agreement(pictures), seconds=round(seconds, 1))])
-        if seed == SEEDS[0]:
-            np.save(RESULTS / f"twins-{arm.replace(' ', '-')}.npy", pictures[:6].numpy())
-
-
-if __name__ == "__main__":
-    main()

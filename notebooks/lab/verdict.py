@@ -1,60 +1,36 @@
-"""The analysis of the experiments of notebooks 10 and 11, as it was fixed before their runs were made.
+"""The analysis of the experiments of notebooks 10, 11 and A.
 
-    python notebooks/lab/verdict.py notebooks/results/verdict/runs.csv                notebook 10's
-    python notebooks/lab/verdict.py recall notebooks/results/recall/runs.csv          the tasks of recall.py
-    python notebooks/lab/verdict.py neighbours notebooks/results/verdict/runs.csv     notebook 11's
+    python notebooks/lab/verdict.py         notebook 10's: contrasts, and what the rule says
 
-Prints the table of contrasts, and of notebook 10's what the rule says. Before all runs are there it only counts them.
+Contrasts, measures and rule were fixed before the runs. Runs are paired by their seeds, and each
+contrast has the variance of its own differences.
 """
 import csv
 import functools
 import math
 import pathlib
 import sys
-import textwrap
 
 import numpy as np
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 from lab.neighbours import NEIGHBOURS  # noqa: E402
+from lab.recall import ARMS, PAIRS as TASKS  # noqa: E402
 
-# The eight variants, as ladder.py names them.
-LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5 with lambda held at 0
-RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
-RUNG6 = {n: f"rung6:normalizer={n}" for n in ("none", "mass")}          # DyDi-LiT: and with the convolution
-VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
-NAMES = dict(zip(VARIANTS, ["λ = 0, printed", "λ = 0, mass", "rung 5, printed", "rung 5, mass", "DyDi-LiT, printed",
-                            "DyDi-LiT, mass", "Sana", "DiT"]))
-SEEDS = range(100, 110)
-
-# Notebook 11: DyDi-LiT as it is by default, and its neighbours, with the first five of these seeds.
-OURS = RUNG6["none"]
-BESIDE = [OURS, *NEIGHBOURS]
-BESIDE_SEEDS = range(100, 105)
-
-# Logarithms of what is measured, so that a difference is a ratio. held_out_log is a mean logarithm already.
-MEASURES = {"KID": lambda row: math.log(float(row["cfg2_KID"])),
-            "held-out loss": lambda row: float(row["held_out_log"])}
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
-def contrasts(best):
-    """The eight contrasts fixed beforehand: {what it asks: (variant, variant that it is compared with)}."""
-    return {
-        "1  printed Eq. 8 against mass, full model": (RUNG6["none"], RUNG6["mass"]),
-        "2a differential on against off, printed": (RUNG5["none"], LAMBDA0["none"]),
-        "2b differential on against off, mass": (RUNG5["mass"], LAMBDA0["mass"]),
-        "3  division on against off, lambda = 0": (LAMBDA0["mass"], LAMBDA0["none"]),
-        "4a convolution on against off, printed": (RUNG6["none"], RUNG5["none"]),
-        "4b convolution on against off, mass": (RUNG6["mass"], RUNG5["mass"]),
-        "5  DyDi-LiT against Sana, equal cost": (best, "sana"),
-        "6  DyDi-LiT against DiT, equal cost": (best, "dit"),
-    }
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-# ---- Student's t ----------------------------------------------------------------------------------------------------
+# ---- Student's t ------------------------------------------------------------------------------
 
 def tail(t, df):
-    """The chance that |T| exceeds |t|. With T = sqrt(df) tan(angle), the angle has a density like cos^(df - 1)."""
+    """The chance that |T| exceeds |t|.
+
+    With T = sqrt(df) tan(angle), the angle has a density like cos^(df - 1)."""
     def area(low, points=4_001):
         angle = np.linspace(low, math.pi / 2, points)
         return np.trapezoid(np.cos(angle).clip(0) ** (df - 1), angle)
@@ -70,184 +46,6 @@ def quantile(df, level=0.95):
         middle = (low + high) / 2
         low, high = (middle, high) if tail(middle, df) > 1 - level else (low, middle)
     return high
-
-
-# ---- Two ways, one variance -----------------------------------------------------------------------------------------
-
-class TwoWay:
-    """Least squares of value = the variant's mean + the seed's share + a remainder.
-
-    All remainders count towards one variance, the pooled one. values: {(variant, seed): number}; a variant may lack
-    seeds. .sd is the remainders' standard deviation, .df its degrees of freedom: with V variants and S seeds,
-    all there, (V - 1)(S - 1).
-    """
-
-    def __init__(self, values):
-        variants, seeds = (sorted(set(names)) for names in zip(*values))
-        self.column = {variant: i for i, variant in enumerate(variants)}
-        design = np.zeros((len(values), len(variants) + len(seeds)))
-        for line, (variant, seed) in zip(design, values):
-            line[self.column[variant]] = line[len(variants) + seeds.index(seed)] = 1
-        y = np.array(list(values.values()))
-        self.inverse = np.linalg.pinv(design.T @ design)
-        self.effects = self.inverse @ design.T @ y
-        self.df = len(y) - int(np.linalg.matrix_rank(design))
-        remainders = y - design @ self.effects
-        self.sd = math.sqrt(remainders @ remainders / self.df)
-
-    def difference(self, variant, base):
-        """variant - base: estimate, half of the 95 % interval, and the p of no difference."""
-        c = np.zeros(len(self.effects))
-        c[self.column[variant]] += 1
-        c[self.column[base]] -= 1
-        error = self.sd * math.sqrt(c @ self.inverse @ c)
-        estimate = float(c @ self.effects)
-        return estimate, quantile(self.df) * error, tail(estimate / error, self.df)
-
-
-def holm(p):
-    """Holm's adjustment: the smallest p times their number, the next times one less, and never below the one before."""
-    adjusted, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted
-
-
-# ---- The verdict ----------------------------------------------------------------------------------------------------
-
-def chosen(rows, variants, seeds=SEEDS):
-    """The rows of these variants and seeds."""
-    return [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
-
-
-def fits_of(rows, variants, seeds):
-    """{measure: TwoWay of the rows of these variants and seeds}."""
-    rows = chosen(rows, variants, seeds)
-    return {name: TwoWay({(row["variant"], int(row["seed"])): value(row) for row in rows})
-            for name, value in MEASURES.items()}
-
-
-def compare(fits, contrasts):
-    """A dictionary per contrast and measure. Less is better in both. Holm's correction runs over all of them."""
-    table = []
-    for asks, (variant, base) in contrasts.items():
-        for name, fit in fits.items():
-            estimate, half, p = fit.difference(variant, base)
-            table.append(dict(asks=asks, measure=name, variant=variant, base=base, estimate=estimate, half=half, p=p))
-    for line, p in zip(table, holm([line["p"] for line in table])):
-        line["holm"] = p
-    return table
-
-
-def judge(rows):
-    """Notebook 10's table of contrasts, from the rows of runs.csv."""
-    fits = fits_of(rows, VARIANTS, SEEDS)
-    best = min(RUNG6.values(), key=lambda variant: fits["KID"].effects[fits["KID"].column[variant]])
-    return compare(fits, contrasts(best))
-
-
-def judge_neighbours(rows):
-    """Notebook 11's: DyDi-LiT against each neighbour."""
-    return compare(fits_of(rows, BESIDE, BESIDE_SEEDS), {f"DyDi-LiT against {name}": (OURS, name) for name in NEIGHBOURS})
-
-
-def printed_is_worse(table):
-    """Whether contrast 1 says, after Holm, that Eq. 8 as printed is worse than `mass` on either measure."""
-    return any(line["holm"] < 0.05 and line["estimate"] > 0 for line in table if line["asks"].startswith("1 "))
-
-
-def percent(log_ratio):
-    return 100 * math.expm1(log_ratio)
-
-
-def complete(rows, variants, seeds):
-    """Prints which runs there are. Whether they are all there."""
-    rows = chosen(rows, variants, seeds)
-    print(f"{len(rows)} of {len(variants) * len(seeds)} runs, commit " + ", ".join(sorted({row["commit"] for row in rows})))
-    missing = [variant for variant in variants if sum(row["variant"] == variant for row in rows) < len(seeds)]
-    if missing:
-        print(textwrap.fill("The table would be premature, runs are missing: " + ", ".join(missing), 100))
-    return not missing
-
-
-def print_table(table):
-    """Prints the contrasts in percent."""
-    print(f"{'contrast':43}{'measure':15}{'change':>8}{'95 % interval':>20}{'Holm p':>9}")
-    for line in table:
-        low, high = (percent(line["estimate"] + side * line["half"]) for side in (-1, 1))
-        interval = f"{low:+.1f} to {high:+.1f} %"
-        print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %{interval:>20}{line['holm']:9.3f}")
-
-
-def print_levels(rows, blocks, names=NAMES, seeds=SEEDS):
-    """Prints what else was measured, means over the runs of a variant and, in the last two columns, over their blocks.
-
-    names: what to call each variant. A column that has no numbers is left out."""
-    columns = {"error": ("held_out_loss", "8.4f"), "KID": ("cfg2_KID", "6.2f"), "FID": ("cfg2_FID", "7.1f"),
-               "precision": ("cfg2_precision", "10.2f"), "recall": ("cfg2_recall", "7.2f"),
-               "FID cfg 1": ("cfg1_FID", "10.1f"), "FID cfg 4": ("cfg4_FID", "10.1f"),
-               "row variance": ("row_variance", "13.2f"), "|λQ'|/|Q|": ("subtracted_q", "10.3f")}
-    lines = [*rows, *blocks]
-    columns = {name: (column, form) for name, (column, form) in columns.items() if any(line.get(column) for line in lines)}
-    print(" " * 18 + "".join(f"{name:>{form.split('.')[0]}}" for name, (_, form) in columns.items()))
-    for variant, name in names.items():
-        mine = chosen(lines, [variant], seeds)
-        found = {column: [float(row[column]) for row in mine if row.get(column)] for column, _ in columns.values()}
-        print(f"{name:18}" + "".join(f"{sum(found[c]) / len(found[c]):{form}}" for c, form in columns.values() if found[c]))
-
-
-def print_bands(rows, bases=(RUNG6["mass"], "sana", "dit"), names=NAMES, seeds=SEEDS):
-    """Prints the change of the held-out loss from a base to DyDi-LiT as it is by default, for each band of timesteps."""
-    bands = sorted(name for name in rows[0] if name.startswith("log_band"))
-    print("timesteps from      " + "".join(f"{1000 // len(bands) * i:>7}" for i in range(len(bands))))
-    means = {variant: np.mean([[float(row[band]) for band in bands] for row in chosen(rows, [variant], seeds)], axis=0)
-             for variant in (OURS, *bases)}
-    for base in bases:
-        print(f"to {names[base]:17}" + "".join(f"{percent(change):+5.0f} %" for change in means[OURS] - means[base]))
-
-
-def print_silenced(lines, names=NAMES, seeds=SEEDS):
-    """Prints what silenced.py found: by how much a variant's loss grows without its attention, mean and range of its runs."""
-    print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
-    for variant, name in names.items():
-        mine = chosen(lines, [variant], seeds)
-        growth = sorted(float(line["without_attention"]) - float(line["held_out_log"]) for line in mine)
-        sizes = [float(line["size"]) for line in mine if line["size"]]
-        print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}{percent(growth[-1]):>+10,.1f}"
-              + (f"{np.median(sizes):>14.1e}" if sizes else ""))
-
-
-def print_stability(lines):
-    """Prints what the plan's stability runs found, a line per run: the loss, the largest gradient norm, the largest outputs."""
-    form = "{:8}{:14}{:10}{:>5}{:>8}{:>10}{:>8}{:>23}{:>8}"
-    print(form.format("Eq. 8", "model", "numbers", "steps", "loss", "gradient", "output", "output, 16,384 tokens", "finite"))
-    for line in lines:
-        print(form.format(*line.values()))
-
-
-def show(rows):
-    """Notebook 10's: which runs there are, the contrasts, and what the rule says of the default. Returns judge's table."""
-    if not complete(rows, VARIANTS, SEEDS):
-        return None
-    print_table(table := judge(rows))
-    worse = printed_is_worse(table)
-    print(f"\nThe printed Eq. 8 is {'worse than' if worse else 'not shown to be worse than'} mass. "
-          + ("mass stays the default." if worse else "It becomes the default if it was stable, too."))
-    return table
-
-
-def show_neighbours(rows):
-    """Notebook 11's: which runs there are, and the contrasts. Returns judge_neighbours' table."""
-    if not complete(rows, BESIDE, BESIDE_SEEDS):
-        return None
-    print_table(table := judge_neighbours(rows))
-    return table
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def paired(a, b):
@@ -269,9 +67,19 @@ def interval(line, level=0.95):
     return line["estimate"] - half, line["estimate"] + half
 
 
+def holm(p):
+    """Holm's adjustment of a family of p values.
+
+    The smallest p times their number, the next times one less, and never below the one before."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 # ---- Recall (notebook 10) ---------------------------------------------------------------------
 
-TASKS = dict(sharpness=16, interference=8, heterogeneity=16)    # and on how many pairs it is judged
 FAMILIES = {    # contrasts as (arm, arm that it is compared with)
     "kernel": [("fixed power", "ReLU"), ("dynamic", "fixed power"), ("dynamic", "one power"),
                ("DyDiLA", "ReLU differential")],
@@ -288,7 +96,8 @@ PARTS = {
     "routed powers": ("sharpness", [("dynamic", "fixed power"), ("dynamic", "one power")]),
     "routed Q and K": ("heterogeneity", [("routed", "dynamic"), ("routed", "random routes")]),
     "three projectors": ("heterogeneity", [("DyDiLA", "one projector")]),
-    "the differential": ("interference", [("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic, equal cost")]),
+    "the differential": ("interference", [("DyDiLA", "lambda 0"),
+                                          ("DyDiLA", "dynamic, equal cost")]),
     "no denominator": ("sharpness", [("ReLU", "Sana")]),
 }
 
@@ -302,8 +111,14 @@ def logit(accuracy):
 def by_seed(rows, task, arm, measure=None, seeds=range(20)):
     """{seed: the accuracy's logit} of an arm, or what measure(row) makes of each row."""
     measure = measure or (lambda row: logit(float(row[f"accuracy_{TASKS[task]}"])))
-    return {int(row["seed"]): measure(row) for row in rows
-            if (row["task"], row["arm"]) == (task, arm) and int(row["seed"]) in seeds}
+    mine = [row for row in rows
+            if (row["task"], row["arm"]) == (task, arm) and int(row["seed"]) in seeds]
+    return {int(row["seed"]): measure(row) for row in sorted(mine, key=lambda row: int(row["seed"]))}
+
+
+def arms_of(rows):
+    """The arms that have runs on all tasks, in recall.py's order."""
+    return [arm for arm in ARMS if all(by_seed(rows, task, arm) for task in TASKS)]
 
 
 def margin(rows, task):
@@ -363,33 +178,14 @@ def trainable(rows, task, arm):
     return sum(reached.values()) >= len(reached) / 2
 
 
-def print_contrasts(table, unit="", scale=1.0):
-    print(f"{'family':13}{'contrast':32}{'task':14}{'change':>9}{'95 % interval':>19}{'Holm p':>9}")
+def print_contrasts(table):
+    """Prints a line per contrast and task, from recall_contrasts or twins_contrasts."""
+    print(f"{'contrast':34}{'task':14}{'change':>9}{'95 % interval':>18}{'Holm p':>9}")
     for line in table:
-        low, high = (f"{scale * bound:+.2f}" for bound in interval(line))
-        print(f"{line['family']:13}{line['arm'] + ' - ' + line['base']:32}{line['task']:14}"
-              f"{scale * line['estimate']:+9.2f}{f'{low} to {high}':>19}{line['holm']:9.3f}{unit}")
+        low, high = (f"{bound:+.2f}" for bound in interval(line))
+        print(f"{line['arm'] + ' - ' + line['base']:34}{line['task']:14}"
+              f"{line['estimate']:+9.2f}{f'{low} to {high}':>18}{line['holm']:9.3f}")
 
-
-def print_recall(rows):
-    """Prints accuracies, contrasts of their logits, and what the rule says."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    print(f"{'mean accuracy (least, most)':28}" + "".join(f"{task:>22}" for task in TASKS))
-    for arm in arms:
-        cells = []
-        for task, n in TASKS.items():
-            found = list(by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{n}"])).values())
-            cells.append(f"{np.mean(found):.3f} ({min(found):.3f}, {max(found):.3f})")
-        print(f"{arm:28}" + "".join(f"{cell:>22}" for cell in cells))
-    print("\nmargin, in logits: " + ", ".join(f"{t} {margin(rows, t):.2f}" for t in TASKS) + "\n")
-    print_contrasts(recall_contrasts(rows))
-    print()
-    for part, word in judge_recall(rows).items():
-        print(f"{part}: {word}")
-    for task in TASKS:
-        dead = [arm for arm in arms if arm != "no attention" and not trainable(rows, task, arm)]
-        if dead:
-            print(f"not trainable on {task}: {', '.join(dead)}")
 
 TWINS = [("dynamic", "Sana"), ("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic"), ("DyDiLA", "Sana"),
          ("DyDiLA", "DyDiLA without convolution"), ("DyDiLA", "DiT")]
@@ -404,10 +200,116 @@ def twins_contrasts(rows):
     return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
 
 
+def print_accuracies(rows):
+    """Prints each arm's mean accuracy on each task, and the least and the most of its seeds."""
+    print(f"{'mean accuracy (least, most)':28}" + "".join(f"{task:>22}" for task in TASKS))
+    for arm in arms_of(rows):
+        cells = []
+        for task, n in TASKS.items():
+            found = by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{n}"])).values()
+            mean = sum(found) / len(found)
+            cells.append(f"{mean:.3f} ({min(found):.3f}, {max(found):.3f})")
+        print(f"{arm:28}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def print_judgement(rows):
+    """Prints what the rule says of each part, and which arms are not trainable on which task."""
+    for part, word in judge_recall(rows).items():
+        print(f"{part}: {word}")
+    for task in TASKS:
+        arms = [arm for arm in arms_of(rows) if arm != "no attention"]
+        if dead := [arm for arm in arms if not trainable(rows, task, arm)]:
+            print(f"not trainable on {task}: {', '.join(dead)}")
+
+
+# ---- The eighty runs and the neighbours (notebooks A and 11) ----------------------------------
+
+LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5, lambda held at 0
+RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
+RUNG6 = {n: f"rung6:normalizer={n}" for n in ("none", "mass")}          # and with the convolution
+VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
+NAMES = dict(zip(VARIANTS, ["λ = 0, printed", "λ = 0, mass", "rung 5, printed", "rung 5, mass",
+                            "DyDi-LiT, printed", "DyDi-LiT, mass", "Sana", "DiT"]))
+SEEDS, NEIGHBOUR_SEEDS = range(100, 110), range(100, 105)
+OURS = RUNG6["none"]
+# Logarithms, so that a difference is a ratio. held_out_log is a mean logarithm already.
+MEASURES = {"KID": lambda row: math.log(float(row["cfg2_KID"])),
+            "held-out loss": lambda row: float(row["held_out_log"])}
+PLANNED = {
+    "1  printed Eq. 8 against mass, full model": (RUNG6["none"], RUNG6["mass"]),
+    "2a differential on against off, printed": (RUNG5["none"], LAMBDA0["none"]),
+    "2b differential on against off, mass": (RUNG5["mass"], LAMBDA0["mass"]),
+    "3  division on against off, lambda = 0": (LAMBDA0["mass"], LAMBDA0["none"]),
+    "4a convolution on against off, printed": (RUNG6["none"], RUNG5["none"]),
+    "4b convolution on against off, mass": (RUNG6["mass"], RUNG5["mass"]),
+    "5  printed DyDi-LiT against Sana": (RUNG6["none"], "sana"),
+    "6  printed DyDi-LiT against DiT": (RUNG6["none"], "dit"),
+}
+ALIVE = {"live DyDi-LiT (mass) against Sana": (RUNG6["mass"], "sana")}
+BESIDE = {f"DyDi-LiT (mass) against {name}": (RUNG6["mass"], name) for name in NEIGHBOURS}
+
+
+def percent(log_ratio):
+    return 100 * math.expm1(log_ratio)
+
+
+def chosen(rows, variants, seeds=SEEDS):
+    """The rows of these variants and seeds."""
+    return [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+
+
+def compare(rows, pairs, seeds=SEEDS):
+    """A dictionary per contrast and measure, as paired makes it. Holm's correction over all."""
+    table = []
+    for asks, (variant, base) in pairs.items():
+        for measure, value in MEASURES.items():
+            a, b = ({int(row["seed"]): value(row) for row in chosen(rows, [name], seeds)}
+                    for name in (variant, base))
+            table.append(dict(asks=asks, measure=measure, variant=variant, base=base,
+                              **paired(a, b)))
+    return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
+
+
+def print_table(table):
+    """Prints the contrasts of `compare` in percent."""
+    print(f"{'contrast':43}{'measure':15}{'change':>8}{'95 % interval':>20}{'Holm p':>9}")
+    for line in table:
+        low, high = map(percent, interval(line))
+        bounds = f"{low:+.1f} to {high:+.1f} %"
+        print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %"
+              f"{bounds:>20}{line['holm']:9.3f}")
+
+
+def print_floors(rows, floors, names=NAMES, seeds=SEEDS):
+    """Prints each system's squared error as a multiple of the floor's, by band of timesteps.
+
+    floors: the error of always predicting the mean picture of the class, a line per band."""
+    print("timesteps from      " + "".join(f"{row['timesteps_from']:>7}" for row in floors))
+    for variant, name in names.items():
+        mine = chosen(rows, [variant], seeds)
+        errors = [np.mean([float(row[f"band{b}"]) for row in mine]) for b in range(len(floors))]
+        print(f"{name:20}" + "".join(f"{error / float(row['squared_error']):7.2f}"
+                                     for error, row in zip(errors, floors)))
+
+
+def print_silenced(lines, names=NAMES, seeds=SEEDS):
+    """Prints by how much a variant's loss grows when the output of its attention is set to zero.
+
+    Mean and range of its runs, from the table of commit 74c498a's silenced.py."""
+    print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
+    for variant, name in names.items():
+        mine = chosen(lines, [variant], seeds)
+        growth = sorted(float(line["without_attention"]) - float(line["held_out_log"])
+                        for line in mine)
+        sizes = [float(line["size"]) for line in mine if line["size"]]
+        print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}"
+              f"{percent(growth[-1]):>+10,.1f}" + (f"{np.median(sizes):>14.1e}" if sizes else ""))
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["recall"]:
-        sys.exit(print_recall(read(sys.argv[2])))
-    *which, path = sys.argv[1:] or [""]
-    if which not in ([], ["neighbours"]) or not path:
-        sys.exit(__doc__)
-    (show_neighbours if which else show)(read(path))
+    recall = read(RESULTS / "recall/runs.csv")
+    print_accuracies(recall)
+    print("\nmargins, in logits:", ", ".join(f"{t} {margin(recall, t):.2f}" for t in TASKS), "\n")
+    print_contrasts(recall_contrasts(recall) + twins_contrasts(read(RESULTS / "recall/twins.csv")))
+    print()
+    print_judgement(recall)
