@@ -139,6 +139,18 @@ def test_training_finds_the_pairs_with_softmax_and_not_without_attention():
     assert recall.accuracy(recall.train_model("interference", "no attention", 0, 0.01, 150), "interference", 0, 8) < 0.1
 
 
+def test_a_shuffled_attention_cannot_use_places():
+    class Places(nn.Module):
+        def forward(self, x):
+            return x + torch.arange(x.shape[1]).view(1, -1, 1)
+    x = torch.randn(500, 16, 2)
+    places = recall.Shuffled(Places())(x) - x
+    torch.testing.assert_close(places.sort(dim=1).values[..., 0], torch.arange(16.0).expand(500, 16))
+    assert places.mean(dim=0).std() < 0.5                   # every token comes to every place
+    same = nn.Linear(2, 2)
+    torch.testing.assert_close(recall.Shuffled(same)(x), same(x))
+
+
 def test_the_best_rate_is_the_pilots():
     lines = [dict(task="sharpness", arm="x", seed=str(seed), rate=str(rate), accuracy_16=str(accuracy))
              for rate, accuracies in zip(experiment.RATES, [(0.5, 0.5), (0.2, 0.9), (0.4, 0.4)])

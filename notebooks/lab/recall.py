@@ -136,13 +136,29 @@ def random_routes():
     return attention
 
 
+class Shuffled(nn.Module):
+    """An attention that gets a set's tokens in a new random order each time, (B, N, d) -> (B, N, d).
+
+    Otherwise a convolution or a scan would find a query's pair by its place."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        order = torch.rand(x.shape[:2], device=x.device).argsort(dim=1).unsqueeze(-1)   # (B, N, 1)
+        out = self.attention(torch.take_along_dim(x, order, dim=1))
+        return torch.take_along_dim(out, order.argsort(dim=1), dim=1)
+
+
 def neighbour(parts):
     """The attention of one of notebook 11's systems. Its tokens lie on a square, row by row.
 
     PixArt-Sigma's is that of its last blocks, which make one key of four tokens."""
     config = dydilit.ModelConfig(image_size=128, dim=WIDTH,
                                  n_heads=8 if parts is NEIGHBOURS["moh"] else 1)
-    return parts(config, config.depth - 1 if parts is NEIGHBOURS["pixart"] else 0)[0]
+    block = config.depth - 1 if parts is NEIGHBOURS["pixart"] else 0
+    return Shuffled(parts(config, block)[0])
 
 
 ARMS = {    # the name of each arm, and what makes its attention, (B, N, d) -> (B, N, d)
