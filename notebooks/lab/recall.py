@@ -101,19 +101,14 @@ def dynamic(n_gammas=9, width=WIDTH):
     return dydilit.DynamicMeasureKernel(width, n_gammas, 2)
 
 
-def differential(n_projectors=3, form="length", held=None):
+def differential(n_projectors=3, form="length", held=None, kernel=None):
     """DyDiLA without its convolution. form: of Eq. 8, see eq8.py. held: a fixed lambda."""
     config = dydilit.ModelConfig(dim=WIDTH, n_projectors=n_projectors, dwc=False)
     attention = dydilit.DyDiLA(config)
     Divided.of(attention.differential, form)
+    attention.kernel = kernel or attention.kernel
     if held is not None:
         attention.differential.lambdas.requires_grad_(False).fill_(held)
-    return attention
-
-
-def with_relu():
-    attention = differential()
-    attention.kernel = Each(F.relu)
     return attention
 
 
@@ -137,7 +132,7 @@ def random_routes():
 
 
 class Shuffled(nn.Module):
-    """An attention that gets a set's tokens in a new random order each time, (B, N, d) -> (B, N, d).
+    """An attention that gets its tokens in a new random order each time, (B, N, d) -> (B, N, d).
 
     Otherwise a convolution or a scan would find a query's pair by its place."""
 
@@ -176,7 +171,7 @@ ARMS = {    # the name of each arm, and what makes its attention, (B, N, d) -> (
     "random routes": random_routes,
     "one projector": lambda: differential(1),
     "DyDiLA": differential,
-    "ReLU differential": with_relu,
+    "ReLU differential": lambda: differential(kernel=Each(F.relu)),
     "lambda 0": lambda: differential(held=0.0),
     "adding": adding,
     "RMS": lambda: differential(form="rms"),
