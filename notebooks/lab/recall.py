@@ -19,7 +19,6 @@ from lab.neighbours import NEIGHBOURS
 
 KEY, VALUES, TYPES, WIDTH = 16, 16, 3, 32           # numbers of a key; values; token types; d
 PAIRS = dict(sharpness=16, interference=8, heterogeneity=16)                # of each task's sets
-STEPS, SETS = 800, 32                               # of training, and sets in a step
 
 
 # ---- The tasks --------------------------------------------------------------------------------
@@ -205,13 +204,13 @@ class Model(nn.Module):
         return self.head(x[:, x.shape[1] // 2:])
 
 
-def train_model(task, arm, seed, rate, steps=STEPS):
-    """A Model trained on fresh sets in each step, while the rate falls to zero."""
+def train_model(task, arm, seed, rate, steps=800):
+    """A Model trained on 32 fresh sets in each step, while the rate falls to zero."""
     model, generator = Model(arm, seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
-        tokens, values = make_sets(task, SETS, PAIRS[task], generator)
+        tokens, values = make_sets(task, 32, PAIRS[task], generator)
         loss = F.cross_entropy(model(tokens).transpose(1, 2), values)
         optimizer.zero_grad()
         loss.backward()
