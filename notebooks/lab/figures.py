@@ -24,7 +24,7 @@ LABELS = {"convolution": "whole module"}    # the word in pictures, where it is 
 # The arms of recall.py: those with a part of the module have its colour.
 LOOKS |= {"no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
           "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, (0, (3, 1)), "P"),
-          "signed": (BLACK, (0, (8, 3)), "*")}
+          "signed": (BLACK, (0, (8, 3)), "*"), "random routes": (PINK, ":", "^")}
 # So has in lesson 2 a way to give a router its gradient. What does not learn is grey.
 LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
           "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
@@ -191,13 +191,13 @@ def show_set(tokens, query=0):
     ax.set_xticks([7.5, 23.5, 33], ["key, 16 numbers", "value, one of 16", "type"])
     ax.set_yticks([pairs / 2 - 0.5, 1.5 * pairs - 0.5], ["pairs", "queries"])
     ax.tick_params(length=0)
-    ax.tick_params(axis="y", pad=36)
+    ax.tick_params(axis="y", pad=48)
     ax.grid(False)
     for x in (15.5, 31.5):
         ax.axvline(x, color=BLACK, linewidth=1)
     ax.axhline(pairs - 0.5, color=BLACK, linewidth=2)
     ax.annotate("", (-0.6, query), (-0.6, pairs + query), annotation_clip=False,
-                arrowprops=dict(arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.5"))
+                arrowprops=dict(arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.22"))
     fig.colorbar(image, ax=ax, shrink=0.9)
     plt.show()
 
@@ -576,8 +576,9 @@ def bands(x, runs, xlabel, ylabel, ax=None, **settings):
 
     settings: what curves() takes. Returns the axes.
     """
+    before = len(ax.get_lines()) if ax else 0
     ax = curves(x, {name: array(values).mean(axis=0) for name, values in runs.items()}, xlabel, ylabel, ax=ax, **settings)
-    for line, values in zip(ax.get_lines()[-len(runs):], runs.values()):
+    for line, values in zip(ax.get_lines()[before:], runs.values()):
         line.set_marker("")
         ax.fill_between(array(x), array(values).min(axis=0), array(values).max(axis=0), color=line.get_color(), alpha=0.15,
                         linewidth=0)

@@ -3,8 +3,7 @@
 A set has tokens of two kinds. A pair is a key and one of 16 values. A query is a key alone, and the
 model must say which value its pair has. Keys are fresh random vectors in every set, so nothing can
 be memorized. Tokens have no positions and there is no convolution, so attention alone can bring a
-query to its pair. Each task makes this hard in the way that one part of DyDiLA is meant for.
-experiment.py makes the runs.
+query to its pair. Each task is hard in the way that one part is meant for. See experiment.py.
 """
 import functools
 import zlib
@@ -188,6 +187,7 @@ class Model(nn.Module):
 
     def __init__(self, arm, seed):
         super().__init__()
+        torch.manual_seed(seed)                             # for the biases
         self.embed = nn.Linear(KEY + VALUES + TYPES, WIDTH, bias=False)
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.attention, self.head = ARMS[arm](), nn.Linear(WIDTH, VALUES)
