@@ -140,17 +140,6 @@ def attention_maps(*names, seed=0):
         return {name: attention(name, seed)(ex.tokens[None], identity)[0] for name in names}
 
 
-def denoising_error(name, seed=0, copies=16):
-    """Squared error of denoised values, relative to the values' size. "nothing" is what the noise leaves by itself."""
-    ex = example(seed)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1000 + seed)                      # noise that training has not seen
-        x = noisy(ex, copies)
-        v = x @ ex.w_v
-        out = v if name == "nothing" else attention(name, seed)(x, v)
-        return ((out - ex.v).square().mean() / ex.v.square().mean()).item()
-
-
 def shares(row, ex):
     """The strip's numbers of one query's weights, row (256,), a namespace of
 
