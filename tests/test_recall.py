@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dydilit
-from lab import experiment, recall, twins
+from lab import experiment, plan, recall, twins
 from lab.neighbours import NEIGHBOURS
 
 
@@ -222,3 +222,12 @@ def test_samples_of_whoever_knows_the_picture_are_that_picture():
     denoiser = twins.Denoiser("DiT", 0)
     denoiser.half_logit = lambda x_t, t: 9 * x
     torch.testing.assert_close(twins.sample(denoiser), x, rtol=0, atol=0.02)
+
+
+def test_couples_of_a_real_picture_agree_everywhere():
+    picture = twins.make_twins(1, generator())[0][0]
+    strips = plan.paired_tiles(picture)
+    assert len(strips) == 8 and all(strip.shape == (3, 4, 14) for strip in strips)
+    assert all((strip[:, :, :4] == strip[:, :, 5:9]).all() and (strip[:, :, 10:] == 1).all() for strip in strips)
+    shown = torch.stack([strip[:, :, :4] for strip in strips])
+    assert all((shown == tile).flatten(1).all(1).any() for tile in twins.to_tiles(picture[None])[0])

@@ -66,13 +66,34 @@ def forest(table, margins):
     plt.show()
 
 
+def paired_tiles(picture):
+    """A picture's 16 tiles in eight couples, most alike first, each as a strip (3, 4, 14).
+
+    A strip has the tile, its partner, and where they agree: white in all three colours, black in none."""
+    tiles = twins.to_tiles(picture[None].sign())[0]                         # (16, 3, 4, 4)
+    alike, strips = tiles.flatten(1) @ tiles.flatten(1).T, []
+    alike.fill_diagonal_(-100)
+    for _ in range(len(tiles) // 2):
+        i, j = divmod(alike.argmax().item(), len(tiles))
+        agree = ((tiles[i] == tiles[j]).float().mean(0) * 2 - 1).expand(3, -1, -1)
+        gap = torch.full((3, twins.TILE, 1), 0.5)
+        strips.append(torch.cat([tiles[i], gap, tiles[j], gap, agree], dim=2))
+        alike[[i, j]] = alike[:, [i, j]] = -100
+    return strips
+
+
 def show_twins(folder):
-    """Samples of the systems of twins.py that were kept, a row per system, and real pictures."""
-    rows = {arm: torch.from_numpy(np.load(path)) for arm in twins.ARMS
+    """A sample of each system of twins.py, cut into couples of tiles. The last row is a real picture."""
+    rows = {arm: torch.from_numpy(np.load(path))[0] for arm in twins.ARMS
             if (path := folder / f"twins-{arm.replace(' ', '-')}.npy").exists()}
-    n = len(next(iter(rows.values())))
-    rows["real"] = twins.make_twins(n, torch.Generator().manual_seed(0))[0]
-    figures.show_images(torch.stack(list(rows.values())).clamp(-1, 1), list(rows), width=1.3)
+    rows["real"] = twins.make_twins(1, torch.Generator().manual_seed(0))[0][0]
+    _, axes = plt.subplots(len(rows), 8, figsize=(12, 0.62 * len(rows)), squeeze=False)
+    for line, (name, picture) in zip(axes, rows.items()):
+        for ax, tiles in zip(line, paired_tiles(picture)):
+            ax.imshow(((tiles + 1) / 2).permute(1, 2, 0), interpolation="nearest")
+            figures.clear(ax)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=13)
+    plt.show()
 
 
 def contrasts_picture(table):
