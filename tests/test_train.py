@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 
-import matplotlib.cbook
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -20,32 +20,11 @@ from PIL import Image
 
 import dydilit
 import train
-from lab import encode, measures
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 TINY = ["--batch-size", "8", "--sampling-steps", "2", "--set", "dim=16", "depth=1", "n_gammas=2", "n_lambdas=2",
         "n_projectors=2"]
 CHILDREN = []
-
-
-def main(argv):
-    """What `python train.py ...` does, or encode.py or measures.py after a word that names it."""
-    tools = {"encode": encode.main, "measures": measures.main}
-    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    argv = [*map(str, argv)]
-    try:
-        train.explained(tools[argv[0]], argv[1:]) if argv[:1] and argv[0] in tools else train.explained(train.main, argv)
-    finally:
-        for n, handler in handlers:
-            signal.signal(n, handler)
-
-
-@pytest.fixture
-def cli(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(train, "shapes", lambda n=64, real=train.shapes: real(n))         # fewer shapes, the same kind
-    return lambda *argv: main(argv)
 
 
 def command(*argv, **kwargs):
@@ -200,15 +179,12 @@ def test_crop_is_adms(tmp_path, width, height, size):
     assert np.array_equal(train.read_image(tmp_path / "x.png", size), want[top:top + size, left:left + size])
 
 
-def test_image_folders_are_sorted_and_classes_picked_by_seed(tmp_path):
+def test_image_folders_are_sorted(tmp_path):
     image_tree(tmp_path, "edcba", 2)
     names = train.class_folders(tmp_path)
     paths, labels = train.image_folder(tmp_path, names)
     assert names == list("abcde") and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert [p.parent.name for p in paths] == list("aabbccddee")
-    picks = [encode.pick_classes(tmp_path, 3, seed) for seed in range(8)]
-    assert all(len(p) == 3 and p == sorted(p) for p in picks) and len(set(map(tuple, picks))) > 1
-    assert picks[0] == encode.pick_classes(tmp_path, 3, 0)
 
 
 def test_batches_are_scaled_and_mirrored():
@@ -428,30 +404,6 @@ def test_without_a_compiler(tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.slow
-def test_a_thousand_bfloat16_steps_on_a_photograph():
-    """The small model with half the width and depth, batches of 8 crops that say which quarter they are from."""
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        photo = train.pixels(train.read_image(file.name, 256)[None])[0]
-    torch.manual_seed(0)
-    model, diffusion = dydilit.build_model("DyDi-LiT-XS/4", dim=48, depth=2, n_classes=4), dydilit.GaussianDiffusion()
-    optimizer, norms, losses = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0), [], []
-    for _ in range(1000):
-        corners = torch.randint(225, (8, 2))
-        x = torch.stack([photo[:, top:top + 32, left:left + 32] for top, left in corners.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = diffusion.losses(model, x, (corners >= 112).long() @ torch.tensor([2, 1]))["loss"].mean()
-        loss.backward()
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-        losses.append(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-    norms, losses = torch.stack(norms), torch.stack(losses)
-    # Timesteps differ: a batch of 8 has up to 10 times the usual norm in float32, too. A spike is beyond that.
-    assert norms.isfinite().all() and norms[100:].max() < 20 * norms[100:].median()
-    assert losses[-100:].mean() < 0.4 * losses[:100].mean()
-
-
 # ---- samples ----
 
 @pytest.fixture
@@ -514,95 +466,6 @@ def test_a_lab_tool_trains_and_samples_other_attentions(cli):
         dydilit.load_model("runs/shapes/model.pt")
 
 
-@pytest.mark.parametrize("data", ["shapes", "cifar10", "pets"])
-def test_reference_holds_the_data(cli, tmp_path, data):
-    cifar_files(tmp_path / "data")
-    image_tree(tmp_path / "pets", "abcd", 5)
-    more = ["--classes", 2, "--image-size", 24] if data == "pets" else []
-    cli("measures", "reference", "--data", data, "--num", 8, "--out", "out/ref.npz", *more)
-    ref = np.load("out/ref.npz")
-    size = 24 if data == "pets" else 32
-    assert ref["arr_0"].shape == (8, size, size, 3) and ref["arr_0"].dtype == np.uint8 and len(ref["arr_1"]) == 8
-    if data == "cifar10":
-        images = {image.tobytes(): label for image, label in zip(*(getattr(train.cifar10(tmp_path / "data"), n)
-                                                                   for n in ("images", "labels")))}
-        assert [images[i.tobytes()] for i in ref["arr_0"]] == ref["arr_1"].tolist()
-
-
-# ---- latents ----
-
-@pytest.fixture
-def vae(tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="the VAE's tests need: pip install diffusers")
-    torch.manual_seed(0)
-    blocks = 4
-    diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
-                            block_out_channels=[8] * blocks, norm_num_groups=4, latent_channels=4, sample_size=32,
-                            scaling_factor=0.5).save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
-def test_encode_train_and_decode(cli, vae, tmp_path, capsys):
-    image_tree(tmp_path / "net", "abcde", 3)
-    args = ["encode", "--data", "net", "--classes", 3, "--image-size", 32, "--vae", "vae", "--batch-size", 2]
-    cli(*args, "--out", "latents")
-    store, about = np.load("latents/latents.npy"), json.loads(pathlib.Path("latents/latents.json").read_text())
-    assert store.shape == (9, 2, 4, 4, 4) and store.dtype == np.float16 and about["scaling_factor"] == 0.5
-    names = encode.pick_classes(tmp_path / "net", 3, 0)
-    assert about["names"] == names and about["done"] == 9
-    model, paths = train.load_vae("vae", "cpu"), train.image_folder(tmp_path / "net", names)[0]
-    x = torch.from_numpy(np.stack([train.read_image(p, 32) for p in paths])).permute(0, 3, 1, 2) / 127.5 - 1
-    for view, images in enumerate((x, x.flip(3))):          # the VAE's own noise is small beside the latents
-        mean, std = (getattr(model.encode(images).latent_dist, n) * 0.5 for n in ("mean", "std"))
-        assert ((torch.from_numpy(store[:, view]).float() - mean).abs() < 6 * std + 0.01).all()
-
-    data = train.latents(pathlib.Path("latents"))
-    x, y = data.batch(torch.tensor([4, 5]), torch.tensor([False, True]))
-    assert np.array_equal(x[0].numpy(), store[4, 0]) and np.array_equal(x[1].numpy(), store[5, 1])
-    assert data.model_shape() == dict(image_size=32, vae_factor=8, in_channels=4, n_classes=3)
-
-    cli("--data", "latents", *TINY, "--steps", "2")
-    cli("sample", "--run", "runs/latents", "--num", 4)
-    assert np.load("runs/latents/samples.npz")["arr_0"].shape == (4, 32, 32, 3)
-
-    with pytest.raises(SystemExit, match="holds another encoding .files_sha256, names, seed differ"):
-        cli(*args, "--out", "latents", "--seed", 1)
-    with pytest.raises(SystemExit, match="not a multiple of the VAE's factor 8"):
-        cli(*args, "--out", "other", "--image-size", 36)
-    with pytest.raises(SystemExit, match="latents are not images"):
-        cli("measures", "reference", "--data", "latents", "--out", "x.npz")
-
-
-def test_encode_resumes_where_it_was_stopped(cli, vae, tmp_path, monkeypatch):
-    image_tree(tmp_path / "net", "ab", 5)
-    args = ["encode", "--data", "net", "--image-size", 32, "--vae", "vae", "--batch-size", 3]
-    cli(*args, "--out", "whole")
-    read, calls = encode.read_images, []
-
-    def stopping(*a, **options):
-        calls.append(a)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return read(*a, **options)
-    monkeypatch.setattr(encode, "read_images", stopping)
-    with pytest.raises(SystemExit) as stop:
-        cli(*args, "--out", "stopped")
-    assert stop.value.code == 130
-    with pytest.raises(SystemExit, match="only 6 of 10 images are encoded; run the encode command again"):
-        cli("--data", "stopped", *TINY)
-    cli(*args, "--out", "stopped")
-    assert len(calls) == 5
-    for name in ("latents.npy", "labels.npy"):
-        assert pathlib.Path("whole", name).read_bytes() == pathlib.Path("stopped", name).read_bytes()
-
-
-def test_without_diffusers_latents_say_what_to_install(cli, tmp_path, monkeypatch):
-    image_tree(tmp_path / "net")
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit, match="pip install diffusers"):
-        cli("encode", "--data", "net", "--out", "latents")
-
-
 # ---- bad input ----
 
 def truncated(path):
@@ -643,8 +506,6 @@ def bad_places(tmp_path_factory):
     checkpoint(tmp_path / "few-names", lambda s: s["data"]["names"].pop() and None)
     (tmp_path / "alien").mkdir()
     (tmp_path / "alien" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    (tmp_path / "half-encoded").mkdir()
-    (tmp_path / "half-encoded" / "latents.json").write_text('{"done": ')
     latent_files(tmp_path / "evil-latents", np.array([Evil()] * 16))
     latent_files(tmp_path / "few-labels", labels=np.arange(15) % 2)
     latent_files(tmp_path / "unfinished", done=9)
@@ -694,12 +555,6 @@ BAD = [
     (["sample", "--run", "nowhere"], "No such file or directory: 'nowhere/model.pt'"),
     (["sample", "--run", "evil"], "--run: evil/checkpoint.pt: not a model of train.py, or a damaged one"),
     (["sample", "--run", "few-names"], "few-names/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["measures", "reference", "--data", "pets", "--out", "ref.png"], "--out ref.png: give a name that ends in .npz"),
-    (["measures", "reference", "--data", "pets", "--num", "99", "--out", "r.npz"], "--num 99: the data has 16 images"),
-    (["measures", "reference", "--data", "pets", "--classes", "3", "--out", "r.npz"], "--classes 3: .* has 2 class folders; give 2..2"),
-    (["measures", "reference", "--data", "shapes", "--classes", "3", "--out", "r.npz"], "--classes 3: only a folder's classes"),
-    (["encode", "--data", "pets", "--out", "half-encoded"], "half-encoded/latents.json: damaged; choose another --out"),
-    (["encode", "--data", "pets", "--out", "mine"], "mine: not empty; choose another --out"),
 ]
 
 
@@ -781,7 +636,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback(cli, monkeypatch, error):
 def test_help_lists_every_knob(capsys):
     for argv in (["--help"], ["train", "--help"], ["sample", "--help"]):
         with pytest.raises(SystemExit) as stop:
-            main(argv)
+            train.main(argv)
         assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in shown for name in [*train.KNOBS, "accumulate"])
