@@ -161,13 +161,11 @@ def arguments(argv):
         add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
         add("--device", choices=["cuda", "mps", "cpu"], help="default: the first that there is")
     add = train.add_argument
-    add("--data", default="shapes", help="shapes (built in), cifar10, a folder of class folders of "
-        "images, or what encode.py wrote")
+    add("--data", default="shapes", help="shapes, cifar10, or a folder of class folders or latents")
     add("--data-dir", default="data", help="where cifar10 lies, or is downloaded to")
     add("--image-size", type=positive, help="side of a folder's images, cropped; default: 32")
     add("--model", default=SMALL_MODEL, help=f"one of {', '.join(dydilit.MODELS)}")
-    add("--set", nargs="+", type=override, default=[], metavar="FIELD=VALUE",
-        help="fields of dydilit.ModelConfig")
+    add("--set", nargs="+", type=override, default=[], metavar="FIELD=VALUE", help="of the model")
     add("--run", help="folder of the run; default: runs/ and the data's name")
     for name, (small, paper, kind, meaning) in KNOBS.items():
         add("--" + name.replace("_", "-"), type=kind,
@@ -320,8 +318,7 @@ def class_folders(root):
     """The names of the class folders in a folder."""
     names = sorted(path.name for path in pathlib.Path(root).glob("[!.]*") if path.is_dir())
     if len(names) < 2:
-        raise Problem(f"--data {root}: neither shapes nor cifar10 nor what encode.py wrote nor a "
-                      "folder with two class folders or more, as ROOT/CLASS/IMAGE.png")
+        raise Problem(f"--data {root}: neither shapes, cifar10 nor a folder of two classes or more")
     return names
 
 
@@ -535,8 +532,7 @@ class Training:
         self.args, self.device = args, pick_device(args.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size % (self.world * args.accumulate):
-            raise Problem(f"--batch-size {args.batch_size}: not a multiple of {self.world} "
-                          f"processes x --accumulate {args.accumulate}")
+            raise Problem(f"--batch-size: no multiple of --accumulate x {self.world} processes")
         self.folder = pathlib.Path(args.run or "runs/" + pathlib.Path(args.data).resolve().name)
         self.checkpoint = self.folder / "checkpoint.pt"
         if self.world > 1:                  # the others wait for the first one's grids, at times
@@ -587,7 +583,7 @@ class Training:
 
     def run(self):
         """Trains until --steps or until a signal."""
-        args, main = self.args, self.rank == 0
+        args, main, stop = self.args, self.rank == 0, False
 
         def on_signal(number, frame):       # Ctrl-C: the first asks to stop, the second insists
             self.stop = True
@@ -602,9 +598,7 @@ class Training:
         self.wrapped = parallel(self.model) if self.world > 1 else self.model
         self.forward = torch.compile(self.wrapped) if args.compile else self.wrapped
         started = time.time() - (float(self.log[-1]["seconds"]) if self.log else 0)
-        with tqdm(desc="training", total=args.steps, initial=self.step, unit="step",
-                  disable=not main) as bar:
-            stop = False
+        with tqdm(None, "training", args.steps, initial=self.step, disable=not main) as bar:
             while self.step < args.steps and not stop:
                 picture = self.folder / f"samples-{self.step:07d}.png"
                 due = main and self.step > 0 and self.step % args.sample_every == 0
@@ -618,9 +612,8 @@ class Training:
                 stop = self.stop if self.world == 1 else at_log and self.stops.item() > 0
                 at_save = stop or self.step % args.save_every == 0 or self.step == args.steps
                 if (at_log or at_save) and not self.window.isfinite().all():
-                    raise Problem(
-                        f"the loss is no longer finite at step {self.step}; {self.checkpoint} "
-                        "keeps the last good weights: start another --run with a lower --lr")
+                    raise Problem(f"the loss is no longer finite at step {self.step}; go on with a "
+                                  f"lower --lr in another --run ({self.checkpoint} is still good)")
                 if at_log:
                     self.report(time.time() - started)
                     bar.set_postfix_str("loss " + self.log[-1]["loss"])
@@ -641,8 +634,8 @@ class Training:
         # A batch's timesteps are spread evenly, one in each of `size` equal parts of 0..999.
         parts = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)
         t = (parts / size * 1000).long().clamp(max=999)
-        shape = (size, cfg.in_channels, cfg.input_size, cfg.input_size)
-        noise = torch.randn(shape, generator=generator)
+        side = cfg.input_size
+        noise = torch.randn(size, cfg.in_channels, side, side, generator=generator)
         torch.manual_seed((seed * self.world + self.rank) % 2**63)          # for the label dropout
         self.model.train()
         mine = torch.arange(size).chunk(self.world)[self.rank]
@@ -697,10 +690,9 @@ class Training:
         """Replaces the checkpoint."""
         if self.rank == 0:
             with replacing(self.checkpoint) as file:
-                torch.save(dict(
-                    self.about(torch.float32), identity=self.identity, window=self.window,
-                    log=self.log, weights=self.model.state_dict(),
-                    optimizer=self.optimizer.state_dict()), file)
+                torch.save(dict(self.about(torch.float32), identity=self.identity, log=self.log,
+                                window=self.window, weights=self.model.state_dict(),
+                                optimizer=self.optimizer.state_dict()), file)
 
     def grid(self, path):
         """Samples of the moving average, ten of each of up to ten classes."""

@@ -377,7 +377,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_weights(cli)
     state["weights"]["blocks.0.attn.qkv.weight"][0, 0] = float("inf")       # as a diverged step would leave them
     torch.save(state, "runs/shapes/checkpoint.pt")
     before = pathlib.Path("runs/shapes/checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit, match="no longer finite at step .* keeps the last good weights: .*lower --lr"):
+    with pytest.raises(SystemExit, match="no longer finite at step .* lower --lr .*checkpoint.pt is still good"):
         cli(*TINY, "--steps", "40", "--save-every", "2")
     assert pathlib.Path("runs/shapes/checkpoint.pt").read_bytes() == before
 
@@ -524,8 +524,8 @@ def bad_places(tmp_path_factory):
 
 
 BAD = [
-    (["--data", "nowhere"], "--data nowhere: neither shapes nor cifar10 nor"),
-    (["--data", "one-class"], "--data one-class: neither .* nor a folder with two class folders or more"),
+    (["--data", "nowhere"], "--data nowhere: neither shapes, cifar10 nor a folder of two classes"),
+    (["--data", "one-class"], "--data one-class: neither .* nor a folder of two classes or more"),
     (["--data", "cifar10", "--data-dir", "short-cifar"], "short-cifar: cannot reshape .*; replace these files"),
     (["--data", "cifar10", "--data-dir", "alien-cifar"], "alien-cifar: there are labels beyond 9"),
     (["--data", "hollow"], "bird: no images in this class folder"),
@@ -549,7 +549,7 @@ BAD = [
     (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
     (["--lr", "nan"], "argument --lr: nan is not in 0.."),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-    (["--batch-size", "8", "--accumulate", "3"], "--batch-size 8: not a multiple of 1 processes x --accumulate 3"),
+    (["--batch-size", "8", "--accumulate", "3"], "--batch-size: no multiple of --accumulate x 1 processes"),
     (["--device", "cuda"], "--device cuda: this torch finds none"),
     (["--fast"], "unrecognized arguments: --fast"),
     (["sample", "--run", "nowhere"], "No such file or directory: 'nowhere/model.pt'"),
