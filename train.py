@@ -555,11 +555,11 @@ class Training:
         # Since the last line of the log: sums of three losses, images, and the largest gradient.
         self.window = torch.zeros(5, device=self.device)
         # What makes a run what it is may not change when it resumes.
-        some = data.images[::-(-len(data.images) // 64)].tobytes()
+        some = hashlib.sha256(data.images[::-(-len(data.images) // 64)].tobytes()).hexdigest()
         fixed = ("seed", "batch_size", "lr", "warmup", "cooldown", "beta2", "log_loss", "ema")
         self.identity = dict(
             dataclasses.asdict(self.model.cfg), **{name: getattr(args, name) for name in fixed},
-            names=data.names, images_sha256=hashlib.sha256(some).hexdigest())
+            names=data.names, images=len(data.labels), images_sha256=some)
 
     def resume(self):
         """Goes on from the folder's checkpoint, or else makes sure that the folder is empty."""
