@@ -52,7 +52,7 @@ def blaming(what, remedy, kinds=Exception):
         raise
     except kinds as error:
         line = str(error).strip().partition("\n")[0]
-        raise Problem(f"{what}: {line:.150} ({type(error).__name__}); {remedy}") from error
+        raise Problem(f"{what}: {line} ({type(error).__name__}); {remedy}") from error
 
 
 def explained(function, *arguments):
