@@ -3,6 +3,7 @@
 Those of test_cuda.py need a GPU. All others are of the CPU, where runs repeat bit for bit.
 """
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -46,3 +47,21 @@ def known():
     """ladder.py's variants of the small model for CIFAR-10. To find their widths takes seconds."""
     from lab import ladder
     return ladder.variants("DyDi-LiT-XS/4", dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """What `python train.py ...` does, in an empty folder and with fewer shapes."""
+    import train
+
+    def run(*argv):
+        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            train.explained(train.main, [*map(str, argv)])
+        finally:
+            for n, handler in handlers:
+                signal.signal(n, handler)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(train, "shapes", lambda n=64, real=train.shapes: real(n))
+    return run

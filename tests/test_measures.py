@@ -145,7 +145,7 @@ def test_tsne_keeps_neighbours_and_repeats_itself():
 # ---- the command ----
 
 def npz(path, images, labels):
-    train.write_npz(path, images, labels)
+    measures.write_npz(path, images, labels)
     return path
 
 
@@ -349,7 +349,7 @@ class Constant(torch.nn.Module):
 
 
 def test_tables_take_lines_of_runs_with_more_or_fewer_measures(tmp_path):
-    train.save_log(tmp_path / "runs.csv", [dict(seed=0, FID=3), dict(seed=1, FID=4, recognized=0.5)])
+    measures.save_log(tmp_path / "runs.csv", [dict(seed=0, FID=3), dict(seed=1, FID=4, recognized=0.5)])
     assert ladder.read(tmp_path / "runs.csv") == [dict(seed="0", FID="3", recognized=""),
                                                   dict(seed="1", FID="4", recognized="0.5")]
 
@@ -400,8 +400,8 @@ def test_ladder_of_notebook_10_runs_resumes_and_repeats_itself(tmp_path, network
     assert 0 < float(first["real"][0]["FID"]) < min(float(line["cfg1_FID"]) for line in first["runs"])
     says, again = climb(tmp_path, network)
     assert "2 runs are in" in says and "0 are to do" in says and again == first
-    train.save_log(tmp_path / "ladder" / "runs.csv", [line for line in first["runs"] if "dit" in line["variant"]])
-    train.save_log(tmp_path / "ladder" / "blocks.csv", [line for line in first["blocks"] if "dit" in line["variant"]])
+    measures.save_log(tmp_path / "ladder" / "runs.csv", [line for line in first["runs"] if "dit" in line["variant"]])
+    measures.save_log(tmp_path / "ladder" / "blocks.csv", [line for line in first["blocks"] if "dit" in line["variant"]])
     (tmp_path / "ladder" / "routers.csv").unlink()
     _, again = climb(tmp_path, network)
     for name in first:                                      # a line that is made anew is the same line

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 
-import matplotlib.cbook
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -20,32 +20,11 @@ from PIL import Image
 
 import dydilit
 import train
-from lab import common, encode, measures
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 TINY = ["--batch-size", "8", "--sampling-steps", "2", "--set", "dim=16", "depth=1", "n_gammas=2", "n_lambdas=2",
         "n_projectors=2"]
 CHILDREN = []
-
-
-def main(argv):
-    """What `python train.py ...` does, or encode.py or measures.py after a word that names it."""
-    tools = {"encode": encode.main, "measures": measures.main}
-    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    argv = [*map(str, argv)]
-    try:
-        train.explained(tools[argv[0]], argv[1:]) if argv[:1] and argv[0] in tools else train.explained(train.main, argv)
-    finally:
-        for n, handler in handlers:
-            signal.signal(n, handler)
-
-
-@pytest.fixture
-def cli(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(common, "shapes", lambda n=64, real=common.shapes: real(n))       # fewer shapes, the same kind
-    return lambda *argv: main(argv)
 
 
 def command(*argv, **kwargs):
@@ -109,7 +88,7 @@ def cifar_files(folder, count=20):
     """A small data set in the layout of CIFAR-10's binary version: label, then red, green and blue planes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for name in [*common.CIFAR_FILES, *common.CIFAR_TEST]:
+    for name in [*train.CIFAR_FILES, "test_batch.bin"]:
         records = rng.integers(0, 256, (count, 3073), np.uint8)
         records[:, 0] = np.arange(count) % 10
         records.tofile(folder / name)
@@ -146,22 +125,20 @@ def test_cifar_is_read_plane_by_plane(tmp_path):
         assert data.images[21, 5, 7].tolist() == [raw[1, 1 + c * 1024 + 5 * 32 + 7] for c in range(3)]
 
 
-def test_cifar_is_downloaded_checked_and_unpacked_by_name(tmp_path, monkeypatch):
+def test_cifar_is_downloaded_checked_and_unpacked(tmp_path, monkeypatch):
     source = cifar_files(tmp_path / "source")
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         for path in source.iterdir():
             tar.add(path, f"cifar-10-batches-bin/{path.name}")
-        tar.add(source / "data_batch_1.bin", "../climbed.bin")
-    monkeypatch.setattr(common, "CIFAR_URL", (tmp_path / "c.tar.gz").as_uri())
-    with pytest.raises(train.Problem, match="not CIFAR-10's binary version .its md5 is not c32a1d4ab5d0"):
+    monkeypatch.setattr(train, "CIFAR_URL", (tmp_path / "c.tar.gz").as_uri())
+    with pytest.raises(train.Problem, match="not CIFAR-10's binary version .*; delete it"):
         train.cifar10(tmp_path / "data")
-    monkeypatch.setattr(common, "CIFAR_MD5", hashlib.md5((tmp_path / "c.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(train, "CIFAR_SHA256", hashlib.sha256((tmp_path / "c.tar.gz").read_bytes()).hexdigest())
     assert len(train.cifar10(tmp_path / "data").images) == 100
-    assert len(train.cifar10(tmp_path / "data", common.CIFAR_TEST).images) == 20
-    assert not list(tmp_path.rglob("climbed.bin"))
+    assert len(train.cifar10(tmp_path / "data", ["test_batch.bin"]).images) == 20
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
-    monkeypatch.setattr(common, "CIFAR_URL", (tmp_path / "nothing").as_uri())
-    with pytest.raises(train.Problem, match="download failed .* put it at .*elsewhere"):
+    monkeypatch.setattr(train, "CIFAR_URL", (tmp_path / "nothing").as_uri())
+    with pytest.raises(train.Problem, match="elsewhere.*No such file.* fetch .*nothing by other means"):
         train.cifar10(tmp_path / "elsewhere")
 
 
@@ -202,15 +179,12 @@ def test_crop_is_adms(tmp_path, width, height, size):
     assert np.array_equal(train.read_image(tmp_path / "x.png", size), want[top:top + size, left:left + size])
 
 
-def test_image_folders_are_sorted_and_classes_picked_by_seed(tmp_path):
+def test_image_folders_are_sorted(tmp_path):
     image_tree(tmp_path, "edcba", 2)
-    names = common.class_folders(tmp_path)
-    paths, labels = common.image_folder(tmp_path, names)
+    names = train.class_folders(tmp_path)
+    paths, labels = train.image_folder(tmp_path, names)
     assert names == list("abcde") and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert [p.parent.name for p in paths] == list("aabbccddee")
-    picks = [encode.pick_classes(tmp_path, 3, seed) for seed in range(8)]
-    assert all(len(p) == 3 and p == sorted(p) for p in picks) and len(set(map(tuple, picks))) > 1
-    assert picks[0] == encode.pick_classes(tmp_path, 3, 0)
 
 
 def test_batches_are_scaled_and_mirrored():
@@ -230,6 +204,7 @@ def test_every_epoch_sees_every_image_once():
     seen = torch.cat(steps)
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
+    assert sorted(train.batch_indices(3, 8, 0, 7)[:6].tolist()) == [0, 0, 1, 1, 2, 2]      # a batch of two epochs and more
 
 
 # ---- runs ----
@@ -237,15 +212,35 @@ def test_every_epoch_sees_every_image_once():
 def test_a_run_leaves_everything_behind(cli, capsys):
     cli(*TINY, "--steps", "6", "--log-every", "2", "--sample-every", "4")
     run = pathlib.Path("runs/shapes")
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "config.json", "log.csv", "loss.png", "model.pt",
-                                                     "samples-0000004.png", "samples.png"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "loss.png", "model.pt", "samples-0000004.png",
+                                                     "samples.png"]
     assert [int(r["step"]) for r in rows(run)] == [2, 4, 6] and rows(run)[-1]["images"] == "48"
-    assert json.loads((run / "config.json").read_text())["model_config"]["dim"] == 16
     for name in ("samples.png", "loss.png"):
         assert np.asarray(Image.open(run / name)).std() > 5
     assert "6 steps done" in capsys.readouterr().out
     cli(*TINY, "--steps", "9")
     assert "resuming at step 6 of 9" in capsys.readouterr().out and load(run)["step"] == 9
+
+
+def test_train_and_dydilit_need_no_other_file(tmp_path):
+    for name in ("train.py", "dydilit.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for argv in ([*TINY, "--steps", "2"], [*TINY, "--steps", "3"], ["sample", "--run", "runs/shapes", "--classes", "star"]):
+        done = subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "runs/shapes")["step"] == 3 and (tmp_path / "runs/shapes/grid.png").exists()
+
+
+def test_pictures_do_not_depend_on_the_users_matplotlibrc(tmp_path):
+    log = [dict(step=step, loss="2", simple="1", variational="1") for step in (1, 2)]
+    with matplotlib.rc_context({"savefig.format": "pdf", "text.usetex": True, "axes.edgecolor": "red"}):
+        train.save_curve(tmp_path / "own.png", log)
+        train.save_grid(tmp_path / "grid.png", np.zeros((4, 8, 8, 3), np.uint8), [0, 0, 1, 1], ["a", "b"])
+        assert matplotlib.rcParams["savefig.format"] == "pdf"
+    train.save_curve(tmp_path / "default.png", log)
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "default.png").read_bytes()
+    assert Image.open(tmp_path / "grid.png").format == "PNG"
 
 
 def test_training_learns(cli):
@@ -358,8 +353,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     process = command(*args, "--steps", 100_000, "--save-every", 5)
     wait_until((tmp_path / "run" / "checkpoint.pt").exists, process)
     output = finish(*args, "--steps", 10, code=1)
-    assert output == f"train.py: {tmp_path / 'run'}: another process is at work in it; wait until it ends, or choose " \
-        "another folder\n"
+    assert output.startswith(f"train.py: {tmp_path / 'run'}: ") and output.count("\n") == 1 and "another process" in output
     process.kill()                                          # with SIGKILL nothing is tidied up, yet the folder is free
     process.communicate()
     assert "resuming at step" in finish(*args, "--steps", load(tmp_path / "run")["step"] + 1)
@@ -383,7 +377,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_weights(cli)
     state["weights"]["blocks.0.attn.qkv.weight"][0, 0] = float("inf")       # as a diverged step would leave them
     torch.save(state, "runs/shapes/checkpoint.pt")
     before = pathlib.Path("runs/shapes/checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit, match="no longer finite at step .* keeps the last good weights: .*lower --lr"):
+    with pytest.raises(SystemExit, match="no longer finite at step .* lower --lr .*checkpoint.pt is still good"):
         cli(*TINY, "--steps", "40", "--save-every", "2")
     assert pathlib.Path("runs/shapes/checkpoint.pt").read_bytes() == before
 
@@ -406,32 +400,8 @@ def test_a_compiled_run(tmp_path):
 def test_without_a_compiler(tmp_path):
     output = finish("--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run", tmp_path / "run",
                     "--compile", code=1, env={**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-    assert output.splitlines()[-1].startswith("train.py: --compile: InvalidCxxCompiler: No working C++ compiler")
+    assert output.splitlines()[-1].startswith("train.py: InvalidCxxCompiler: No working C++ compiler")
     assert "Traceback" not in output
-
-
-@pytest.mark.slow
-def test_a_thousand_bfloat16_steps_on_a_photograph():
-    """The small model with half the width and depth, batches of 8 crops that say which quarter they are from."""
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        photo = train.pixels(train.read_image(file.name, 256)[None])[0]
-    torch.manual_seed(0)
-    model, diffusion = dydilit.build_model("DyDi-LiT-XS/4", dim=48, depth=2, n_classes=4), dydilit.GaussianDiffusion()
-    optimizer, norms, losses = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0), [], []
-    for _ in range(1000):
-        corners = torch.randint(225, (8, 2))
-        x = torch.stack([photo[:, top:top + 32, left:left + 32] for top, left in corners.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = diffusion.losses(model, x, (corners >= 112).long() @ torch.tensor([2, 1]))["loss"].mean()
-        loss.backward()
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-        losses.append(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-    norms, losses = torch.stack(norms), torch.stack(losses)
-    # Timesteps differ: a batch of 8 has up to 10 times the usual norm in float32, too. A spike is beyond that.
-    assert norms.isfinite().all() and norms[100:].max() < 20 * norms[100:].median()
-    assert losses[-100:].mean() < 0.4 * losses[:100].mean()
 
 
 # ---- samples ----
@@ -496,95 +466,6 @@ def test_a_lab_tool_trains_and_samples_other_attentions(cli):
         dydilit.load_model("runs/shapes/model.pt")
 
 
-@pytest.mark.parametrize("data", ["shapes", "cifar10", "pets"])
-def test_reference_holds_the_data(cli, tmp_path, data):
-    cifar_files(tmp_path / "data")
-    image_tree(tmp_path / "pets", "abcd", 5)
-    more = ["--classes", 2, "--image-size", 24] if data == "pets" else []
-    cli("measures", "reference", "--data", data, "--num", 8, "--out", "out/ref.npz", *more)
-    ref = np.load("out/ref.npz")
-    size = 24 if data == "pets" else 32
-    assert ref["arr_0"].shape == (8, size, size, 3) and ref["arr_0"].dtype == np.uint8 and len(ref["arr_1"]) == 8
-    if data == "cifar10":
-        images = {image.tobytes(): label for image, label in zip(*(getattr(train.cifar10(tmp_path / "data"), n)
-                                                                   for n in ("images", "labels")))}
-        assert [images[i.tobytes()] for i in ref["arr_0"]] == ref["arr_1"].tolist()
-
-
-# ---- latents ----
-
-@pytest.fixture
-def vae(tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="the VAE's tests need: pip install diffusers")
-    torch.manual_seed(0)
-    blocks = 4
-    diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
-                            block_out_channels=[8] * blocks, norm_num_groups=4, latent_channels=4, sample_size=32,
-                            scaling_factor=0.5).save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
-def test_encode_train_and_decode(cli, vae, tmp_path, capsys):
-    image_tree(tmp_path / "net", "abcde", 3)
-    args = ["encode", "--data", "net", "--classes", 3, "--image-size", 32, "--vae", "vae", "--batch-size", 2]
-    cli(*args, "--out", "latents")
-    store, about = np.load("latents/latents.npy"), json.loads(pathlib.Path("latents/latents.json").read_text())
-    assert store.shape == (9, 2, 4, 4, 4) and store.dtype == np.float16 and about["scaling_factor"] == 0.5
-    names = encode.pick_classes(tmp_path / "net", 3, 0)
-    assert about["names"] == names and about["done"] == 9
-    model, paths = train.load_vae("vae", "cpu"), common.image_folder(tmp_path / "net", names)[0]
-    x = torch.from_numpy(np.stack([train.read_image(p, 32) for p in paths])).permute(0, 3, 1, 2) / 127.5 - 1
-    for view, images in enumerate((x, x.flip(3))):          # the VAE's own noise is small beside the latents
-        mean, std = (getattr(model.encode(images).latent_dist, n) * 0.5 for n in ("mean", "std"))
-        assert ((torch.from_numpy(store[:, view]).float() - mean).abs() < 6 * std + 0.01).all()
-
-    data = common.latents(pathlib.Path("latents"))
-    x, y = data.batch(torch.tensor([4, 5]), torch.tensor([False, True]))
-    assert np.array_equal(x[0].numpy(), store[4, 0]) and np.array_equal(x[1].numpy(), store[5, 1])
-    assert data.model_shape() == dict(image_size=32, vae_factor=8, in_channels=4, n_classes=3)
-
-    cli("--data", "latents", *TINY, "--steps", "2")
-    cli("sample", "--run", "runs/latents", "--num", 4)
-    assert np.load("runs/latents/samples.npz")["arr_0"].shape == (4, 32, 32, 3)
-
-    with pytest.raises(SystemExit, match="holds another encoding .files_sha256, names, seed differ"):
-        cli(*args, "--out", "latents", "--seed", 1)
-    with pytest.raises(SystemExit, match="not a multiple of the VAE's factor 8"):
-        cli(*args, "--out", "other", "--image-size", 36)
-    with pytest.raises(SystemExit, match="latents are not images"):
-        cli("measures", "reference", "--data", "latents", "--out", "x.npz")
-
-
-def test_encode_resumes_where_it_was_stopped(cli, vae, tmp_path, monkeypatch):
-    image_tree(tmp_path / "net", "ab", 5)
-    args = ["encode", "--data", "net", "--image-size", 32, "--vae", "vae", "--batch-size", 3]
-    cli(*args, "--out", "whole")
-    read, calls = encode.read_images, []
-
-    def stopping(*a, **options):
-        calls.append(a)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return read(*a, **options)
-    monkeypatch.setattr(encode, "read_images", stopping)
-    with pytest.raises(SystemExit) as stop:
-        cli(*args, "--out", "stopped")
-    assert stop.value.code == 130
-    with pytest.raises(SystemExit, match="only 6 of 10 images are encoded; run the encode command again"):
-        cli("--data", "stopped", *TINY)
-    cli(*args, "--out", "stopped")
-    assert len(calls) == 5
-    for name in ("latents.npy", "labels.npy"):
-        assert pathlib.Path("whole", name).read_bytes() == pathlib.Path("stopped", name).read_bytes()
-
-
-def test_without_diffusers_latents_say_what_to_install(cli, tmp_path, monkeypatch):
-    image_tree(tmp_path / "net")
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit, match="pip install diffusers"):
-        cli("encode", "--data", "net", "--out", "latents")
-
-
 # ---- bad input ----
 
 def truncated(path):
@@ -621,124 +502,59 @@ def bad_places(tmp_path_factory):
     """A folder with every foul thing that the table below names, and what is in its files."""
     tmp_path = tmp_path_factory.mktemp("bad")
     checkpoint(tmp_path / "evil", lambda s: s.update(x=Evil()))
-    checkpoint(tmp_path / "future", lambda s: s["model"].update(telepathy=True))
-    checkpoint(tmp_path / "misfit", lambda s: s["model"].update(dim=24))
-    checkpoint(tmp_path / "no-ema", lambda s: s.pop("ema") and None)
-    checkpoint(tmp_path / "no-names", lambda s: s["data"].clear())
-    checkpoint(tmp_path / "no-window", lambda s: s.update(window=None))
+    checkpoint(tmp_path / "no-identity", lambda s: s.pop("identity") and None)
     checkpoint(tmp_path / "few-names", lambda s: s["data"]["names"].pop() and None)
-    checkpoint(tmp_path / "no-optimizer", lambda s: s.update(optimizer={}))
-    checkpoint(tmp_path / "list", lambda s: [1, 2])
-    (tmp_path / "half-encoded").mkdir()
-    (tmp_path / "half-encoded" / "latents.json").write_text('{"done": ')
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     latent_files(tmp_path / "evil-latents", np.array([Evil()] * 16))
-    latent_files(tmp_path / "evil-labels", labels=np.array([Evil()] * 16))
-    latent_files(tmp_path / "negative", labels=-np.ones(16, int))
-    latent_files(tmp_path / "fractions", labels=np.arange(16) / 16)
-    latent_files(tmp_path / "oblong", np.zeros((16, 2, 4, 4, 5), np.float16))
-    latent_files(tmp_path / "wordy", image_size="large")
+    latent_files(tmp_path / "few-labels", labels=np.arange(15) % 2)
     latent_files(tmp_path / "unfinished", done=9)
     latent_files(tmp_path / "cut-latents")
     truncated(tmp_path / "cut-latents" / "latents.npy")
-    (image_tree(tmp_path / "folder") / "cat" / "x.png").mkdir()
-    (image_tree(tmp_path / "dangling") / "cat" / "x.png").symlink_to(tmp_path / "nowhere")
-    cifar_files(tmp_path / "short-cifar")
-    truncated(tmp_path / "short-cifar" / "data_batch_3.bin")
-    (cifar_files(tmp_path / "half-cifar") / "data_batch_5.bin").unlink()
+    truncated(cifar_files(tmp_path / "short-cifar") / "data_batch_3.bin")
     np.full((20, 3073), 77, np.uint8).tofile(cifar_files(tmp_path / "alien-cifar") / "data_batch_2.bin")
     image_tree(tmp_path / "one-class", ["cat"])
-    image_tree(tmp_path / "few", count=2)
     image_tree(tmp_path / "pets", count=8)
     (image_tree(tmp_path / "hollow") / "bird").mkdir()
-    (image_tree(tmp_path / "broken", count=8) / "cat" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     truncated(image_tree(tmp_path / "cut", count=8) / "dog" / "2.png")
-    (tmp_path / "alien").mkdir()
-    (tmp_path / "alien" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    (tmp_path / "pickle").mkdir()
-    torch.save({"format": "dydilit", "x": pathlib.PurePosixPath("x")}, tmp_path / "pickle" / "checkpoint.pt")
-    (tmp_path / "foreign").mkdir()
-    torch.save({"model": {}}, tmp_path / "foreign" / "checkpoint.pt")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
-    (tmp_path / "rotten").mkdir()
-    (tmp_path / "rotten" / "latents.json").write_text('{"done": 3')
     return tmp_path, snapshot(tmp_path)
 
 
 BAD = [
-    (["--data", "nowhere"], "--data nowhere: no such folder; give shapes, cifar10"),
-    (["--data", "cifar10", "--data-dir", "short-cifar"], "data_batch_3.bin: missing, truncated or not a CIFAR-10"),
-    (["--data", "cifar10", "--data-dir", "half-cifar"], "data_batch_5.bin: missing"),
-    (["--data", "cifar10", "--data-dir", "alien-cifar"], "data_batch_2.bin: missing, truncated or not"),
-    (["--data", "one-class"], "one-class: 1 class folders; at least two"),
-    (["--data", "mine"], "mine: 0 class folders; at least two"),
-    (["--data", "few"], "4 images are fewer than one batch; add images or lower --batch-size 8"),
+    (["--data", "nowhere"], "--data nowhere: neither shapes, cifar10 nor a folder of two classes"),
+    (["--data", "one-class"], "--data one-class: neither .* nor a folder of two classes or more"),
+    (["--data", "cifar10", "--data-dir", "short-cifar"], "short-cifar: cannot reshape .*; replace these files"),
+    (["--data", "cifar10", "--data-dir", "alien-cifar"], "alien-cifar: there are labels beyond 9"),
     (["--data", "hollow"], "bird: no images in this class folder"),
-    (["--data", "broken"], "3.png: unreadable image .*; replace or remove it"),
-    (["--data", "cut"], "2.png: unreadable image"),
-    (["--data", "folder"], "x.png: unreadable image"),
-    (["--data", "dangling"], "x.png: unreadable image"),
-    (["--data", "pets", "--image-size", "3000000"], "out of memory; .*fewer or smaller images"),
-    (["--data", "rotten"], "rotten: damaged latents"),
-    (["--data", "evil-latents"], "evil-latents: damaged latents"),
-    (["--data", "evil-labels"], "evil-labels: damaged latents"),
-    (["--data", "negative"], "negative: damaged latents .their parts do not fit together"),
-    (["--data", "fractions"], "fractions: damaged latents"),
-    (["--data", "oblong"], "oblong: damaged latents"),
-    (["--data", "wordy"], "wordy: damaged latents"),
-    (["--data", "cut-latents"], "cut-latents: damaged latents"),
+    (["--data", "cut"], "2.png: .*; replace or remove this image"),
+    (["--data", "pets", "--image-size", "3000000"], "out of memory; train with a larger --accumulate"),
+    (["--data", "evil-latents"], "evil-latents: .*Python objects in dtype.*; encode again into another folder"),
+    (["--data", "few-labels"], "few-labels: its latents, labels and names do not fit together"),
+    (["--data", "cut-latents"], "cut-latents: .*; encode again"),
     (["--data", "unfinished"], "only 9 of 16 images are encoded; run the encode command again"),
-    (["--data", "pets", "--image-size", "30"], "image_size=30 is not a multiple of vae_factor x patch_size = 1 x 4"),
-    (["--run", "alien"], "alien/checkpoint.pt: not a dydilit checkpoint"),
-    (["--run", "pickle"], "pickle/checkpoint.pt: not a dydilit checkpoint"),
-    (["--run", "foreign"], "foreign/checkpoint.pt: not a dydilit checkpoint"),
-    (["--run", "evil"], "evil/checkpoint.pt: not a dydilit checkpoint"),
-    (["sample", "--run", "evil"], "evil/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["sample", "--run", "future"], "future/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["sample", "--run", "misfit"], "misfit/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["sample", "--run", "no-ema"], "no-ema/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["sample", "--run", "no-names"], "no-names/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["--run", "no-window"], "no-window/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
-    (["sample", "--run", "few-names"], "few-names/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["--run", "no-optimizer"], "no-optimizer/checkpoint.pt: not a dydilit checkpoint, or a damaged one"),
-    (["sample", "--run", "list"], "list/checkpoint.pt: not a model of train.py, or a damaged one"),
-    (["--run", "mine"], "mine: it has files but no checkpoint; choose another --run"),
-    (["--run", "file"], "file: Not a directory|file: File exists"),
-    (["--run", "/proc/nowhere"], "/proc/nowhere: .*; check the path"),
-    (["--model", "DiT-XXL"], "no model 'DiT-XXL'; choose one of"),
-    (["--set", "dims=3"], "--set dims=3: give FIELD=VALUE"),
-    (["--set", "dim"], "--set dim: give FIELD=VALUE"),
-    (["--set", "dim=18"], "dim=18 is not a multiple of 4"),
-    (["--set", "kernel=gauss"], "kernel='gauss' is not one of"),
-    (["--set", "dwc=maybe"], "dwc='maybe' is not one of"),
-    (["--set", "gamma_init=-3"], "gamma_init=-3 is not a number from 0 on"),
-    (["--set", "lambda_init=3"], "lambda_init=3 is not two numbers"),
-    (["--set", "image_size=64"], "--set image_size=64: the data decide this, they have 32; leave it away"),
-    (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
-    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--image-size", "64"], "--image-size 64: these images have 32; leave it away"),
+    (["--run", "alien"], "alien/checkpoint.pt: .*; move it away"),
+    (["--run", "evil"], "evil/checkpoint.pt: Weights only load failed"),
+    (["--run", "no-identity"], "no-identity/checkpoint.pt: 'identity' .KeyError.; move it away"),
+    (["--run", "mine"], "mine: files, but no checkpoint; choose another --run"),
+    (["--run", "file"], "File exists: 'file'"),
+    (["--model", "DiT-XXL"], "--model, --set: no model 'DiT-XXL'; choose one of"),
+    (["--set", "dim=18"], "--model, --set: dim=18 is not a multiple of 4"),
     (["--set", "dim=2147483644"], "out of memory; train with"),
-    (["--image-size", "64"], "--image-size 64: only a folder's images are cropped; leave it away"),
-    (["--sampling-steps", "2000"], "argument --sampling-steps: 2000 is not in 1..1000"),
-    (["--cooldown", "2"], "argument --cooldown: 2 is not in 0..1"),
-    (["--lr", "nan"], "argument --lr: nan is not in 1e-30.."),
-    (["--seed", "-1"], "argument --seed: -1 is not in 0.."),
-    (["--batch-size", "8", "--accumulate", "3"], "--batch-size 8: not a multiple of 1 processes x --accumulate 3"),
-    (["--lr", "-1"], "argument --lr: -1 is not in 1e-30.."),
-    (["--lr", "0"], "argument --lr: 0 is not in 1e-30.."),
-    (["--ema", "1"], "argument --ema: 1 is not in 0..0.9999999"),
+    (["--set", "dims=3"], "argument --set: dims=3: no FIELD=VALUE; fields: attention, .*depth"),
+    (["--set", "image_size=64"], "argument --set: image_size=64: no FIELD=VALUE"),
+    (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
+    (["--lr", "nan"], "argument --lr: nan is not in 0.."),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--batch-size", "8", "--accumulate", "3"], "--batch-size: no multiple of --accumulate x 1 processes"),
+    (["--device", "cuda"], "--device cuda: this torch finds none"),
     (["--fast"], "unrecognized arguments: --fast"),
-    (["sample", "--run", "nowhere"], "nowhere/model.pt: No such file or directory; check the path"),
-    (["sample", "--run", "pickle"], "pickle/checkpoint.pt: not a model of train.py"),
-    (["measures", "reference", "--data", "pets", "--out", "ref.png"], "--out ref.png: give a name that ends in .npz"),
-    (["measures", "reference", "--data", "pets", "--num", "99", "--out", "r.npz"], "--num 99: the data has 16 images"),
-    (["measures", "reference", "--data", "pets", "--classes", "3", "--out", "r.npz"], "--classes 3: .* has 2 class folders; give 2..2"),
-    (["measures", "reference", "--data", "shapes", "--classes", "3", "--out", "r.npz"], "--classes 3: only a folder's classes"),
-    (["encode", "--data", "nowhere", "--out", "l"], "--data nowhere: no such folder"),
-    (["encode", "--data", "pets", "--out", "half-encoded"], "half-encoded/latents.json: damaged; choose another --out"),
-    (["measures", "reference", "--data", "pets", "--out", ".npz"], "--out .npz: give a name that ends in .npz"),
-    (["encode", "--data", "pets", "--out", "mine"], "mine: not empty; choose another --out"),
-    (["paint"], "invalid choice: 'paint'"),
+    (["sample", "--run", "nowhere"], "No such file or directory: 'nowhere/model.pt'"),
+    (["sample", "--run", "evil"], "--run: evil/checkpoint.pt: not a model of train.py, or a damaged one"),
+    (["sample", "--run", "few-names"], "few-names/checkpoint.pt: not a model of train.py, or a damaged one"),
 ]
 
 
@@ -763,8 +579,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, bad_places, tmp_path, ar
 
 @pytest.mark.parametrize("flags, message", [
     (["--lr", "0.5"], "this run has lr 0.004, not 0.5; repeat its flags, or choose another --run"),
-    (["--seed", "3"], "has seed 0, not 3"), (["--batch-size", "16"], "has batch_size 8, not 16"),
-    (["--set", "dim=24"], "has dim 16, not 24"), (["--ema", "0.5"], "has ema 0.998, not 0.5")])
+    (["--set", "dim=24"], "has dim 16, not 24")])
 def test_flags_that_contradict_the_checkpoint_are_named(cli, flags, message):
     cli(*TINY, "--steps", "1")
     before = snapshot(pathlib.Path("runs"))
@@ -784,9 +599,7 @@ def test_the_log_belongs_to_the_checkpoint(cli):
 
 @pytest.mark.parametrize("argv, message", [
     (["--out", "x.npz"], "--out x.npz: give a name in .npz with --num, and one in .png without it"),
-    (["--num", "4", "--out", "x.png"], "--out x.png: give a name in .npz with --num"), (["--classes", "dragon"], "--classes dragon: this run knows"),
-    (["--classes", "10"], "--classes 10: this run knows 0..9"), (["--steps", "1001"], "1001 is not in 1..1000"),
-    (["--cfg", "nan"], "argument --cfg: nan is not in 0..")])
+    (["--classes", "0,dragon"], "--classes dragon: this run knows 0..9")])
 def test_bad_wishes_for_samples_are_named(run, argv, message):
     with pytest.raises(SystemExit, match=message):
         run("sample", "--run", "runs/shapes", *argv)
@@ -807,22 +620,23 @@ def test_a_disk_that_fills(tmp_path):
         says = output.splitlines()[-1]
         assert says.startswith("train.py: ") and "space" in says and "Traceback" not in output
         after = snapshot(tmp_path / "run")
-        assert {p.name for p in before if after.get(p) != before[p]} <= {"config.json"} and len(after) == len(before)
+        assert after == before
     assert "resuming at step 2" in finish(*args, "--steps", 4)
 
 
-def test_other_errors_are_not_called_a_full_memory(cli, monkeypatch):
-    def recurse(*args):
-        return recurse(*args)
-    monkeypatch.setattr(train, "sample", recurse)           # a RecursionError is a RuntimeError
-    with pytest.raises(RecursionError):
+@pytest.mark.parametrize("error", [RecursionError, ValueError])
+def test_a_mistake_of_the_program_keeps_its_traceback(cli, monkeypatch, error):
+    def mistaken(*args):
+        raise error("no user's fault")
+    monkeypatch.setattr(train, "sample", mistaken)          # a RecursionError is a RuntimeError, as a full memory is
+    with pytest.raises(error):
         cli("sample", "--run", "x")
 
 
 def test_help_lists_every_knob(capsys):
     for argv in (["--help"], ["train", "--help"], ["sample", "--help"]):
         with pytest.raises(SystemExit) as stop:
-            main(argv)
+            train.main(argv)
         assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in shown for name in [*train.KNOBS, "accumulate"])

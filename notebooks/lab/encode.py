@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import train  # noqa: E402
-from lab.common import class_folders, image_folder, read_images  # noqa: E402
-from train import Problem  # noqa: E402
+from train import Problem, class_folders, image_folder, read_images  # noqa: E402
 
 
 def pick_classes(root, count=None, seed=0):
@@ -38,7 +37,7 @@ def encoded_so_far(out, about):
     """How many images `out` holds already. A folder of anything else is a Problem."""
     state = out / "latents.json"
     if not state.exists():
-        if train.occupied(out):
+        if any(out.glob("[!.]*")):      # anything but the hidden leftovers of an interrupted write
             raise Problem(f"{out}: not empty; choose another --out")
         return 0
     try:

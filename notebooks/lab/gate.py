@@ -191,7 +191,7 @@ def train_one(args, data, form, lr, seed, steps):
 def samples(folder, model, names, n=200):
     """Writes samples of a model that has just been trained, evenly over the classes, for KID."""
     labels = [i * len(names) // n for i in range(n)]
-    train.write_npz(folder / "samples.npz", train.generate(model, labels, 20, 2.0, "ddim"), labels)
+    measures.write_npz(folder / "samples.npz", train.generate(model, labels, 20, 2.0, "ddim"), labels)
 
 
 def classifier(args, data):
@@ -228,7 +228,7 @@ def train_all(args, jobs):
         except train.Problem as problem:                # another process is at it, or the loss is not finite
             print(f"{job}: {problem}")
     lines = [line for path in sorted(pathlib.Path(args.runs).glob("*/watched.csv")) for line in read(path)]
-    train.save_log(RESULTS / "runs.csv", lines)
+    measures.save_log(RESULTS / "runs.csv", lines)
 
 
 def gate_jobs():

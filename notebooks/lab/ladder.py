@@ -37,7 +37,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
-from lab import common, cost, eq8, measures  # noqa: E402
+from lab import cost, eq8, measures  # noqa: E402
 from lab.neighbours import NEIGHBOURS, lit_heads  # noqa: E402
 
 RECIPE = "2"                    # the guidance of the small model's recipe when the experiment was made
@@ -128,7 +128,8 @@ def flags(text, known):
         if field in train.KNOBS:
             out += ["--" + field.replace("_", "-"), value]
         else:
-            fields.update(train.overrides([pair]))
+            with train.blaming("--variants", "see train.py train --help", argparse.ArgumentTypeError):
+                fields.update([train.override(pair)])
     return out + (["--set", *(f"{k}={json.dumps(v)}" for k, v in fields.items())] if fields else [])
 
 
@@ -136,7 +137,7 @@ def flags(text, known):
 
 def held_out(data, data_dir, n=500):
     """n images that were not trained on."""
-    found = train.shapes(n, seed=1) if data == "shapes" else train.cifar10(data_dir, common.CIFAR_TEST)
+    found = train.shapes(n, seed=1) if data == "shapes" else train.cifar10(data_dir, ["test_batch.bin"])
     found.images, found.labels = found.images[:n], found.labels[:n]
     return found
 
@@ -453,7 +454,7 @@ def climb(args):
     def add(name, lines):
         tables[name] += map(rounded, lines)
         if tables[name]:
-            train.save_log(out / f"{name}.csv", tables[name])
+            measures.save_log(out / f"{name}.csv", tables[name])
 
     known = variants(args.model, dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
     for seed in range(args.first_seed, args.first_seed + args.seeds):       # the first seed of everything comes first

@@ -12,6 +12,7 @@ the last pooling, the first 7 channels of mixed_6's first convolution (7 x 17 x 
 features alone, sFID, sKID and IS are left out. Figures compare only for the same network, reference and image count.
 """
 import argparse
+import csv
 import pathlib
 import sys
 
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import train  # noqa: E402
-from lab import common  # noqa: E402
 from lab.encode import pick_classes  # noqa: E402
 
 # ---- The measures, on features --------------------------------------------------------------------------------------
@@ -218,6 +218,20 @@ def load_npz(path):
     return images, labels.astype(np.int64)
 
 
+def write_npz(path, images, labels):
+    """Writes what load_npz reads. images: (M, H, W, 3) uint8; labels: (M,)."""
+    with train.replacing(path) as file:
+        np.savez(file, arr_0=images, arr_1=np.asarray(labels, np.int64))
+
+
+def save_log(path, log):
+    """Writes a list of dictionaries as a table."""
+    with train.replacing(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in log for name in row))
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def load_network(path):
     """A TorchScript module, see above. Problem if the file is none."""
     try:
@@ -251,12 +265,12 @@ def reference(argv):
         data = train.load_data(args)
         source, labels = data.images, data.labels
     else:
-        source, labels = common.image_folder(args.data, pick_classes(args.data, args.classes, args.seed))
+        source, labels = train.image_folder(args.data, pick_classes(args.data, args.classes, args.seed))
     if args.num and args.num > len(labels):
         raise train.Problem(f"--num {args.num}: the data has {len(labels)} images")
     pick = np.sort(np.random.default_rng(args.seed).permutation(len(labels))[:args.num])
-    images = source[pick] if built_in else common.read_images([source[i] for i in pick], args.image_size or 32)
-    train.write_npz(args.out, images, labels[pick])
+    images = source[pick] if built_in else train.read_images([source[i] for i in pick], args.image_size or 32)
+    write_npz(args.out, images, labels[pick])
     print(f"{args.out}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
 
 

@@ -16,7 +16,7 @@ import torch
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
-from lab import figures, twins, verdict  # noqa: E402
+from lab import figures, measures, twins, verdict  # noqa: E402
 from lab.figures import BLUE, GREEN, GREY, ORANGE  # noqa: E402
 
 LOOKS = {"sharpness": (BLUE, "o"), "interference": (ORANGE, "s"), "heterogeneity": (GREEN, "D"),
@@ -163,7 +163,7 @@ def keep_floors(data_dir, training):
         guess = x_t - diffusion._at("sqrt_alpha_bar", t) * means[y]
         error = (guess / diffusion._at("sqrt_one_minus", t) - noise).square().mean().item()
         lines.append(dict(timesteps_from=band * 1000 // ladder.BANDS, squared_error=error))
-    train.save_log(verdict.RESULTS / "verdict/floors.csv", lines)
+    measures.save_log(verdict.RESULTS / "verdict/floors.csv", lines)
 
 
 def show_samples(path):
