@@ -180,10 +180,10 @@ def trainable(rows, task, arm):
 
 def print_contrasts(table):
     """Prints a line per contrast and task, from recall_contrasts or twins_contrasts."""
-    print(f"{'contrast':34}{'task':14}{'change':>9}{'95 % interval':>18}{'Holm p':>9}")
+    print(f"{'contrast':38}{'task':14}{'change':>9}{'95 % interval':>18}{'Holm p':>9}")
     for line in table:
         low, high = (f"{bound:+.2f}" for bound in interval(line))
-        print(f"{line['arm'] + ' - ' + line['base']:34}{line['task']:14}"
+        print(f"{line['arm'] + ' - ' + line['base']:38}{line['task']:14}"
               f"{line['estimate']:+9.2f}{f'{low} to {high}':>18}{line['holm']:9.3f}")
 
 
