@@ -600,10 +600,10 @@ class Training:
         started = time.time() - (float(self.log[-1]["seconds"]) if self.log else 0)
         with tqdm(None, "training", args.steps, initial=self.step, disable=not main) as bar:
             while self.step < args.steps and not stop:
-                picture = self.folder / f"samples-{self.step:07d}.png"
+                path = self.folder / f"samples-{self.step:07d}.png"
                 due = main and self.step > 0 and self.step % args.sample_every == 0
-                if due and not picture.exists():
-                    self.grid(picture)
+                if due and not path.exists():
+                    self.grid(path)
                 self.train_step()
                 self.step += 1
                 bar.update()
@@ -678,7 +678,8 @@ class Training:
         self.window.zero_()
         if self.rank == 0:
             with replacing(self.folder / "log.csv", "w", newline="") as file:
-                csv.writer(file).writerows([self.log[0], *(row.values() for row in self.log)])
+                rows = [self.log[0].keys(), *(row.values() for row in self.log)]
+                csv.writer(file).writerows(rows)
 
     def about(self, dtype):
         """What sampling needs, with the averaged weights in this precision."""

@@ -70,7 +70,7 @@ def main():
     arms = [arm for arm in recall.ARMS if arm not in NEIGHBOURS]
 
     def undone(jobs, table, *keys):
-        done = {tuple(line[key] for key in keys) for line in gate.read(RESULTS / table)}
+        done = {tuple(line[key] for key in keys) for line in ladder.read(RESULTS / table)}
         return [job for job in jobs[args.part[0]::args.part[1]] if tuple(map(str, job)) not in done]
 
     if args.stage == "twins":
@@ -87,7 +87,7 @@ def main():
                            for arm in arms for rate in RATES], "runs.csv", *keys):
             run_recall(*job)
     if args.stage in ("main", "neighbours"):
-        lines = gate.read(RESULTS / "runs.csv")
+        lines = ladder.read(RESULTS / "runs.csv")
         for job in undone([(task, arm, seed, best_rate(lines, task, arm)) for seed in seeds
                            for task in tasks for arm in arms], "runs.csv", *keys):
             run_recall(*job)

@@ -19,8 +19,7 @@ import train  # noqa: E402
 from lab import figures, measures, twins, verdict  # noqa: E402
 from lab.figures import BLUE, GREEN, GREY, ORANGE  # noqa: E402
 
-LOOKS = {"sharpness": (BLUE, "o"), "interference": (ORANGE, "s"), "heterogeneity": (GREEN, "D"),
-         "score": (figures.BLACK, "^")}
+LOOKS = {"sharpness": (BLUE, "o"), "interference": (ORANGE, "s"), "heterogeneity": (GREEN, "D")}
 
 
 def every_seed(rows):
