@@ -50,6 +50,7 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import eq8, ladder, measures, verdict  # noqa: E402
+from lab.ladder import read  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results" / "gate"
 FORMS = ("none", "length", "scaled", "rms", "mass")
@@ -165,7 +166,7 @@ def train_one(args, data, form, lr, seed, steps):
             super().train_step()
 
         def watch(self):
-            if self.step in WATCHED and self.step not in [int(row["step"]) for row in ladder.read(folder / "watched.csv")]:
+            if self.step in WATCHED and self.step not in [int(row["step"]) for row in read(folder / "watched.csv")]:
                 self.model.eval()
                 largest = max((float(row["grad_norm"]) for row in self.log), default=0)
                 add_lines(folder / "watched.csv", [dict(key, commit=ladder.commit(), step=self.step,
@@ -203,7 +204,7 @@ def classifier(args, data):
 
 def kid(args, lines):
     """Adds KID to the last line of each run that has samples."""
-    done = {tuple(line[k] for k in KEY) for line in ladder.read(RESULTS / "kid.csv")}
+    done = {tuple(line[k] for k in KEY) for line in read(RESULTS / "kid.csv")}
     for data in ("shapes", "cifar10"):
         network, real = classifier(args, data)
         for line in lines:
@@ -223,7 +224,7 @@ def train_all(args, jobs):
             train_one(args, *job)
         except train.Problem as problem:                # another process is at it, or the loss is not finite
             print(f"{job}: {problem}")
-    lines = [line for path in sorted(pathlib.Path(args.runs).glob("*/watched.csv")) for line in ladder.read(path)]
+    lines = [line for path in sorted(pathlib.Path(args.runs).glob("*/watched.csv")) for line in read(path)]
     measures.save_log(RESULTS / "runs.csv", lines)
 
 
@@ -303,8 +304,8 @@ def is_stable(form, lines):
 
 def table(args):
     """Prints a line per run, which forms are alive and stable, and the differences of all pairs that are alive."""
-    lines = [line for line in ladder.read(RESULTS / "runs.csv") if line["step"] == line["steps"]]
-    kids = {tuple(line[k] for k in KEY): float(line["kid"]) for line in ladder.read(RESULTS / "kid.csv")}
+    lines = [line for line in read(RESULTS / "runs.csv") if line["step"] == line["steps"]]
+    kids = {tuple(line[k] for k in KEY): float(line["kid"]) for line in read(RESULTS / "kid.csv")}
     print("data form lr seed steps | output beside V by block | zero q, k | squared error | permuted mean zero | KID | alive")
     at = {}
     for line in lines:
@@ -316,7 +317,7 @@ def table(args):
               "|", f"{kids.get(key, math.nan):.3f}", "|", alive(line))
     keys = {form: [(data, form, "0.004", seed, "1000") for data in ("shapes", "cifar10") for seed in "01"] for form in FORMS}
     recipe = [form for form in FORMS if all(key in at and alive(at[key]) for key in keys[form])]
-    stable = [form for form in FORMS if is_stable(form, ladder.read(RESULTS / "stability.csv"))]
+    stable = [form for form in FORMS if is_stable(form, read(RESULTS / "stability.csv"))]
     print("alive at the recipe's rate:", *recipe, "| stable:", *stable)
     for a, b in itertools.combinations(recipe, 2):
         for name, value in [("squared error", lambda key: math.log(float(at[key]["square_whole"]))), ("KID", kids.get)]:
@@ -339,7 +340,7 @@ def main():
     elif args.command == "full":
         train_all(args, [(data, form, 4e-3, seed, 4000) for form in args.forms for seed in (0, 1) for data in ("shapes", "cifar10")])
     elif args.command == "kid":
-        kid(args, ladder.read(RESULTS / "runs.csv"))
+        kid(args, read(RESULTS / "runs.csv"))
     else:
         {"stability": stability, "table": table}[args.command](args)
 
