@@ -282,7 +282,7 @@ def test_neighbours_have_equal_cost_and_can_be_looked_at(known, name):
 
 
 def test_lesson_11_says_what_the_ladder_trains(known):
-    lesson, ours = (NOTEBOOKS / "11_the_neighbours.ipynb").read_text(), ladder.honest_macs(train.SMALL_MODEL)
+    lesson, ours = (NOTEBOOKS / "12_the_neighbours.ipynb").read_text(), ladder.honest_macs(train.SMALL_MODEL)
     for label, name in [("PixArt-Sigma", "pixart"), ("EDiT", "edit"), ("DiG", "dig"), ("MoH-DiT", "moh"), ("LiT", "lit")]:
         fields, heads = known[name], known[name].get("n_heads", lit_heads(96) if name == "lit" else 1)
         change = 100 * (ladder.honest_macs(train.SMALL_MODEL, parts=NEIGHBOURS[name], **BASE, **fields) / ours - 1)
@@ -334,7 +334,7 @@ def test_held_out_loss_is_measured_as_in_training():
     data = train.shapes(20)
     plain, logs = ladder.held_out_losses(model := Constant(), data, batch=7)
     t = 300 + torch.randint(100, (20,), generator=torch.Generator().manual_seed(3))
-    x, x_t, noise, y = ladder.noisy(data, t, seed=1003)
+    x, x_t, noise, y = eq8.noisy(data, t, seed=1003)
     want = dydilit.GaussianDiffusion().losses(model, x, y, t, noise)
     assert plain[3] == pytest.approx((0.5 * x_t - noise).square().mean().item(), rel=1e-5)
     assert logs[3] == pytest.approx(np.mean([math.log(loss) for loss in want["loss"]]), rel=1e-5)

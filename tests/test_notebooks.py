@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import torch
 
-from lab import example, figures
+from lab import figures, helpers
 from lab.execute import HERE, NOTEBOOKS, execute, stamp
 
 matplotlib.use("agg")                       # draws without a screen
@@ -152,17 +152,17 @@ def test_numbers_are_compared_as_they_are_printed():
 
 
 def test_each_kind_of_linear_attention_is_sharper_than_the_one_before():
-    ex, maps = example.example(), example.attention_maps("ReLU", "focused", "dynamic", "softmax")
-    found = [example.shares(m[ex.query], ex) for m in maps.values()]
+    ex, maps = helpers.example(), helpers.attention_maps("ReLU", "focused", "dynamic", "softmax")
+    found = [helpers.shares(m[ex.query], ex) for m in maps.values()]
     for name, rises in [("face", True), ("sky", False), ("entropy", False)]:
         values = [getattr(one, name) for one in found]
         assert values == sorted(values, reverse=not rises)
 
 
 def test_shares_by_hand():
-    ex, row = example.example(), torch.zeros(256)
+    ex, row = helpers.example(), torch.zeros(256)
     row[ex.face.nonzero()[0]], row[ex.sky.nonzero()[0]], row[0] = 3.0, 1.0, -2.0
-    found = example.shares(row, ex)
+    found = helpers.shares(row, ex)
     assert (found.face, found.sky, found.negative, found.net) == pytest.approx((3 / 4, 1 / 4, 1 / 3, 3 / 2))
     assert found.entropy == pytest.approx(-sum(p * math.log(p) for p in (1 / 2, 1 / 6, 1 / 3)) / math.log(256))
 

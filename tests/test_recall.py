@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dydilit
-from lab import experiment, plan, recall, twins
+from lab import charts, experiment, recall, twins
 from lab.neighbours import NEIGHBOURS
 
 
@@ -226,7 +226,7 @@ def test_samples_of_whoever_knows_the_picture_are_that_picture():
 
 def test_couples_of_a_real_picture_agree_everywhere():
     picture = twins.make_twins(1, generator())[0][0]
-    strips = plan.paired_tiles(picture)
+    strips = charts.paired_tiles(picture)
     assert len(strips) == 8 and all(strip.shape == (3, 4, 14) for strip in strips)
     assert all((strip[:, :, :4] == strip[:, :, 5:9]).all() and (strip[:, :, 10:] == 1).all() for strip in strips)
     shown = torch.stack([strip[:, :, :4] for strip in strips])

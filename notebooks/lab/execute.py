@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from lab import figures  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(HERE.glob("[0-9A][0-9_]*.ipynb"))       # the lessons, and the appendix
+NOTEBOOKS = sorted(HERE.glob("[0-9AB][0-9_]*.ipynb"))       # the lessons, and the appendix
 LIBRARY = (HERE.parent / "dydilit.py").read_bytes()
 OURS = np.array([to_rgb(colour) for colour in {*figures.COLOURS, *(look[0] for look in figures.LOOKS.values())}]) * 255
 OURS = OURS.round().astype(np.uint8)                        # (n, 3), colours that mean the same in all lessons

@@ -1,15 +1,22 @@
-"""The runs of notebook 10's experiment, and of notebook 11's systems on recall.
+"""The runs of notebook 11's experiment, and of notebook 12's systems on recall.
 
     python notebooks/lab/experiment.py pilot        three learning rates for each arm, two seeds
     python notebooks/lab/experiment.py main         then twenty fresh seeds, each at its best rate
     python notebooks/lab/experiment.py twins        eight seeds of the systems of twins.py
-    python notebooks/lab/experiment.py neighbours   notebook 11's, pilot and five seeds
-    python notebooks/lab/verdict.py                 prints what came out
+    python notebooks/lab/experiment.py neighbours   notebook 12's, pilot and five seeds
+    python notebooks/lab/experiment.py verdict      prints what came out
 
 Each run adds a line to runs.csv or twins.csv in notebooks/results/recall, and one that is there
 already is not made again. With --part 0 2 and --part 1 2, two processes share the work.
+
+The analysis of the experiments of notebooks 11, 12 and A.
+
+Contrasts, measures and rule were fixed before the runs. Runs are paired by their seeds, and each
+contrast has the variance of its own differences.
 """
 import argparse
+import functools
+import math
 import pathlib
 import sys
 import time
@@ -18,10 +25,12 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-from lab import gate, ladder, recall, twins  # noqa: E402
+from lab import measures, recall, twins  # noqa: E402
+from lab.measures import read  # noqa: E402
 from lab.neighbours import NEIGHBOURS  # noqa: E402
+from lab.recall import ARMS, PAIRS as TASKS  # noqa: E402
 
-RESULTS = pathlib.Path(__file__).parents[1] / "results/recall"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 RATES, PILOT_SEEDS, SEEDS = (0.003, 0.01, 0.03), (100, 101), range(20)
 PAIRS = (2, 4, 8, 16, 32, 64)               # a trained model is measured on sets of these sizes
 
@@ -39,38 +48,331 @@ def best_rate(lines, task, arm):
 def run_recall(task, arm, seed, rate):
     start = time.time()
     model = recall.train_model(task, arm, seed, rate)
-    line = dict(task=task, arm=arm, seed=seed, rate=rate, commit=ladder.commit())
+    line = dict(task=task, arm=arm, seed=seed, rate=rate, commit=measures.commit())
     seconds, sizes = time.time() - start, PAIRS
     if arm in NEIGHBOURS:
         sizes = (2, 8, 32)                                  # their tokens must form a square
     line |= {f"accuracy_{n}": round(recall.accuracy(model, task, seed, n), 6) if n in sizes else ""
              for n in PAIRS}
     line |= dict(on_target=recall.weight_on_target(model, task, seed), seconds=round(seconds, 1))
-    gate.add_lines(RESULTS / "runs.csv", [line])
+    measures.add_lines(RESULTS / "recall/runs.csv", [line])
 
 
 def run_twins(arm, seed):
     start = time.time()
     denoiser = twins.train_model(arm, seed)
     seconds, pictures = time.time() - start, twins.sample(denoiser)
-    gate.add_lines(RESULTS / "twins.csv", [dict(
-        arm=arm, seed=seed, commit=ladder.commit(), score=twins.score(denoiser, seed),
+    measures.add_lines(RESULTS / "recall/twins.csv", [dict(
+        arm=arm, seed=seed, commit=measures.commit(), score=twins.score(denoiser, seed),
         agreement=twins.agreement(pictures), seconds=round(seconds, 1))])
     if seed == 0:
-        np.save(RESULTS / f"twins-{arm.replace(' ', '-')}.npy", pictures[:6].numpy())
+        np.save(RESULTS / f"recall/twins-{arm.replace(' ', '-')}.npy", pictures[:6].numpy())
+
+
+# ---- Student's t ------------------------------------------------------------------------------
+
+def tail(t, df):
+    """The chance that |T| exceeds |t|.
+
+    With T = sqrt(df) tan(angle), the angle has a density like cos^(df - 1)."""
+    def area(low, points=4_001):
+        angle = np.linspace(low, math.pi / 2, points)
+        return np.trapezoid(np.cos(angle).clip(0) ** (df - 1), angle)
+
+    return float(area(math.atan(abs(t) / math.sqrt(df))) / area(0))
+
+
+@functools.cache
+def quantile(df, level=0.95):
+    """The t that |T| exceeds with a chance of 1 - level, by bisection."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, df) > 1 - level else (low, middle)
+    return high
+
+
+def paired(a, b):
+    """The paired t-test of a - b. a, b: {seed: number}; only seeds that both have count.
+
+    Returns a dictionary with estimate, error (its standard error), df and p."""
+    differences = np.array([a[seed] - b[seed] for seed in sorted(a) if seed in b])
+    n = len(differences)
+    if n < 2:
+        raise ValueError("paired: a contrast needs two seeds or more")
+    estimate, error = differences.mean(), differences.std(ddof=1) / math.sqrt(n)
+    p = tail(estimate / error, n - 1) if error > 0 else float(estimate == 0)
+    return dict(estimate=float(estimate), error=float(error), df=n - 1, p=p)
+
+
+def interval(line, level=0.95):
+    """The lower and upper bound of one of paired's results."""
+    half = quantile(line["df"], level) * line["error"]
+    return line["estimate"] - half, line["estimate"] + half
+
+
+def holm(p):
+    """Holm's adjustment of a family of p values.
+
+    The smallest p times their number, the next times one less, and never below the one before."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+# ---- Recall (notebook 11) ---------------------------------------------------------------------
+
+FAMILIES = {    # contrasts as (arm, arm that it is compared with)
+    "kernel": [("fixed power", "ReLU"), ("dynamic", "fixed power"), ("dynamic", "one power"),
+               ("DyDiLA", "ReLU differential")],
+    "projection": [("routed", "dynamic"), ("routed", "random routes"), ("DyDiLA", "one projector")],
+    "differential": [("DyDiLA", "lambda 0"), ("RMS", "RMS, lambda 0"), ("DyDiLA", "adding"),
+                     ("DyDiLA", "signed"), ("DyDiLA", "dynamic, equal cost")],
+    "denominator": [("ReLU", "Sana")],
+    "the whole": [("DyDiLA", "Sana"), ("DyDiLA", "softmax")],
+}
+# A part's own task, and its contrasts. The first asks whether the part helps. The others ask
+# whether it is this part that helps, or only what it brings along.
+PARTS = {
+    "a fixed power": ("sharpness", [("fixed power", "ReLU")]),
+    "routed powers": ("sharpness", [("dynamic", "fixed power"), ("dynamic", "one power")]),
+    "routed Q and K": ("heterogeneity", [("routed", "dynamic"), ("routed", "random routes")]),
+    "three projectors": ("heterogeneity", [("DyDiLA", "one projector")]),
+    "the differential": ("interference", [("DyDiLA", "lambda 0"),
+                                          ("DyDiLA", "dynamic, equal cost")]),
+    "no denominator": ("sharpness", [("ReLU", "Sana")]),
+}
+
+
+def logit(accuracy):
+    """Accuracies are cut to .01 and .99. Beyond, a logit says how many queries were asked."""
+    p = min(max(accuracy, 0.01), 0.99)
+    return math.log(p / (1 - p))
+
+
+def by_seed(rows, task, arm, measure=None, seeds=range(20)):
+    """{seed: the accuracy's logit} of an arm, or what measure(row) makes of each row."""
+    measure = measure or (lambda row: logit(float(row[f"accuracy_{TASKS[task]}"])))
+    mine = [row for row in rows
+            if (row["task"], row["arm"]) == (task, arm) and int(row["seed"]) in seeds]
+    return {int(row["seed"]): measure(row) for row in sorted(mine, key=lambda row: int(row["seed"]))}
+
+
+def arms_of(rows):
+    """The arms that have runs on all tasks, in recall.py's order."""
+    return [arm for arm in ARMS if all(by_seed(rows, task, arm) for task in TASKS)]
+
+
+def margin(rows, task):
+    """A tenth of the gap between the better softmax and ReLU: what counts as a difference."""
+    means = [np.mean(list(by_seed(rows, task, arm).values()))
+             for arm in ("softmax", "softmax, 4 heads", "ReLU")]
+    return (max(means[:2]) - means[2]) / 10
+
+
+def recall_contrasts(rows, measure=None):
+    """A dictionary per contrast and task, as paired makes it. Holm's correction is per family."""
+    table = []
+    for family, pairs in FAMILIES.items():
+        lines = [dict(family=family, arm=arm, base=base, task=task,
+                      **paired(*(by_seed(rows, task, name, measure) for name in (arm, base))))
+                 for arm, base in pairs for task in TASKS]
+        for line, p in zip(lines, holm([line["p"] for line in lines])):
+            table.append(line | dict(holm=p))
+    return table
+
+
+def judge_recall(rows):
+    """What the rule says of each part: {part: "useful", "useless here" or "undecided"}.
+
+    useful: on the part's own task, the 95 % intervals of all its contrasts lie above the margin,
+    and on no task does its first contrast's estimate lie below minus the margin. useless here: the
+    90 % intervals of its first contrast lie within the margin on all tasks."""
+    table = {(line["arm"], line["base"], line["task"]): line for line in recall_contrasts(rows)}
+    delta, words = {task: margin(rows, task) for task in TASKS}, {}
+    for part, (own, pairs) in PARTS.items():
+        first = {task: table[(*pairs[0], task)] for task in TASKS}
+        low = min(interval(table[(*pair, own)])[0] for pair in pairs)
+        if low > delta[own] and all(first[t]["estimate"] >= -delta[t] for t in TASKS):
+            words[part] = "useful"
+        elif all(max(map(abs, interval(first[t], 0.90))) < delta[t] for t in TASKS):
+            words[part] = "useless here"
+        else:
+            words[part] = "undecided"
+    return words
+
+
+def pairs_at_half(row):
+    """The logarithm to base 2 of the number of pairs at which a model's accuracy falls to a half.
+
+    It is read off straight lines between the measured numbers, and cut to 2 and 64 pairs."""
+    numbers = sorted(int(name.split("_")[1]) for name in row if name.startswith("accuracy_"))
+    values = [float(row[f"accuracy_{n}"]) for n in numbers]
+    for (n, high), (m, low) in zip(zip(numbers, values), zip(numbers[1:], values[1:])):
+        if high >= 0.5 > low:
+            return math.log2(n) + (high - 0.5) / (high - low) * math.log2(m / n)
+    return math.log2(numbers[-1] if values[-1] >= 0.5 else numbers[0])
+
+
+def trainable(rows, task, arm):
+    """Whether half of an arm's seeds or more reach twice the accuracy of chance, which is 1/16."""
+    reached = by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{TASKS[task]}"]) > 2 / 16)
+    return sum(reached.values()) >= len(reached) / 2
+
+
+def print_contrasts(table):
+    """Prints a line per contrast and task, from recall_contrasts or twins_contrasts."""
+    print(f"{'contrast':38}{'task':14}{'change':>9}{'95 % interval':>18}{'Holm p':>9}")
+    for line in table:
+        low, high = (f"{bound:+.2f}" for bound in interval(line))
+        print(f"{line['arm'] + ' - ' + line['base']:38}{line['task']:14}"
+              f"{line['estimate']:+9.2f}{f'{low} to {high}':>18}{line['holm']:9.3f}")
+
+
+TWINS = [("dynamic", "Sana"), ("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic"), ("DyDiLA", "Sana"),
+         ("DyDiLA", "DyDiLA without convolution"), ("DyDiLA", "DiT")]
+
+
+def twins_contrasts(rows):
+    """A dictionary per contrast of the twins' scores. Holm's correction over all."""
+    scores = {arm: {int(row["seed"]): float(row["score"]) for row in rows if row["arm"] == arm}
+              for arm in dict.fromkeys(row["arm"] for row in rows)}
+    table = [dict(family="twins", arm=arm, base=base, task="score",
+                  **paired(scores[arm], scores[base])) for arm, base in TWINS]
+    return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
+
+
+def print_accuracies(rows):
+    """Prints each arm's mean accuracy on each task, and the least and the most of its seeds."""
+    print(f"{'mean accuracy (least, most)':28}" + "".join(f"{task:>22}" for task in TASKS))
+    for arm in arms_of(rows):
+        cells = []
+        for task, n in TASKS.items():
+            found = by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{n}"])).values()
+            mean = sum(found) / len(found)
+            cells.append(f"{mean:.3f} ({min(found):.3f}, {max(found):.3f})")
+        print(f"{arm:28}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def print_judgement(rows):
+    """Prints what the rule says of each part, and which arms are not trainable on which task."""
+    for part, word in judge_recall(rows).items():
+        print(f"{part}: {word}")
+    for task in TASKS:
+        arms = [arm for arm in arms_of(rows) if arm != "no attention"]
+        if dead := [arm for arm in arms if not trainable(rows, task, arm)]:
+            print(f"not trainable on {task}: {', '.join(dead)}")
+
+
+# ---- The eighty runs and the neighbours (notebooks A and 11) ----------------------------------
+
+LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5, lambda held at 0
+RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
+RUNG6 = {n: f"rung6:normalizer={n}" for n in ("none", "mass")}          # and with the convolution
+VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
+NAMES = dict(zip(VARIANTS, ["λ = 0, printed", "λ = 0, mass", "rung 5, printed", "rung 5, mass",
+                            "DyDi-LiT, printed", "DyDi-LiT, mass", "Sana", "DiT"]))
+SEEDS, NEIGHBOUR_SEEDS = range(100, 110), range(100, 105)
+OURS = RUNG6["none"]
+# Logarithms, so that a difference is a ratio. held_out_log is a mean logarithm already.
+MEASURES = {"KID": lambda row: math.log(float(row["cfg2_KID"])),
+            "held-out loss": lambda row: float(row["held_out_log"])}
+PLANNED = {
+    "1  printed Eq. 8 against mass, full model": (RUNG6["none"], RUNG6["mass"]),
+    "2a differential on against off, printed": (RUNG5["none"], LAMBDA0["none"]),
+    "2b differential on against off, mass": (RUNG5["mass"], LAMBDA0["mass"]),
+    "3  division on against off, lambda = 0": (LAMBDA0["mass"], LAMBDA0["none"]),
+    "4a convolution on against off, printed": (RUNG6["none"], RUNG5["none"]),
+    "4b convolution on against off, mass": (RUNG6["mass"], RUNG5["mass"]),
+    "5  printed DyDi-LiT against Sana": (RUNG6["none"], "sana"),
+    "6  printed DyDi-LiT against DiT": (RUNG6["none"], "dit"),
+}
+ALIVE = {"live DyDi-LiT (mass) against Sana": (RUNG6["mass"], "sana")}
+BESIDE = {f"DyDi-LiT (mass) against {name}": (RUNG6["mass"], name) for name in NEIGHBOURS}
+
+
+def percent(log_ratio):
+    return 100 * math.expm1(log_ratio)
+
+
+def chosen(rows, variants, seeds=SEEDS):
+    """The rows of these variants and seeds."""
+    return [row for row in rows if row["variant"] in variants and int(row["seed"]) in seeds]
+
+
+def compare(rows, pairs, seeds=SEEDS):
+    """A dictionary per contrast and measure, as paired makes it. Holm's correction over all."""
+    table = []
+    for asks, (variant, base) in pairs.items():
+        for measure, value in MEASURES.items():
+            a, b = ({int(row["seed"]): value(row) for row in chosen(rows, [name], seeds)}
+                    for name in (variant, base))
+            table.append(dict(asks=asks, measure=measure, variant=variant, base=base,
+                              **paired(a, b)))
+    return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
+
+
+def print_table(table):
+    """Prints the contrasts of `compare` in percent."""
+    print(f"{'contrast':43}{'measure':15}{'change':>8}{'95 % interval':>20}{'Holm p':>9}")
+    for line in table:
+        low, high = map(percent, interval(line))
+        bounds = f"{low:+.1f} to {high:+.1f} %"
+        print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %"
+              f"{bounds:>20}{line['holm']:9.3f}")
+
+
+def print_floors(rows, floors, names=NAMES, seeds=SEEDS):
+    """Prints each system's squared error as a multiple of the floor's, by band of timesteps.
+
+    floors: the error of always predicting the mean picture of the class, a line per band."""
+    print("timesteps from      " + "".join(f"{row['timesteps_from']:>7}" for row in floors))
+    for variant, name in names.items():
+        mine = chosen(rows, [variant], seeds)
+        errors = [np.mean([float(row[f"band{b}"]) for row in mine]) for b in range(len(floors))]
+        print(f"{name:20}" + "".join(f"{error / float(row['squared_error']):7.2f}"
+                                     for error, row in zip(errors, floors)))
+
+
+def print_silenced(lines, names=NAMES, seeds=SEEDS):
+    """Prints by how much a variant's loss grows when the output of its attention is set to zero.
+
+    Mean and range of its runs, from the table of commit 74c498a's silenced.py."""
+    print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
+    for variant, name in names.items():
+        mine = chosen(lines, [variant], seeds)
+        growth = sorted(float(line["without_attention"]) - float(line["held_out_log"])
+                        for line in mine)
+        sizes = [float(line["size"]) for line in mine if line["size"]]
+        print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}"
+              f"{percent(growth[-1]):>+10,.1f}" + (f"{np.median(sizes):>14.1e}" if sizes else ""))
+
+
+def print_verdict():
+    recall = read(RESULTS / "recall/runs.csv")
+    print_accuracies(recall)
+    print("\nmargins, in logits:", ", ".join(f"{t} {margin(recall, t):.2f}" for t in TASKS), "\n")
+    print_contrasts(recall_contrasts(recall) + twins_contrasts(read(RESULTS / "recall/twins.csv")))
+    print()
+    print_judgement(recall)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["pilot", "main", "twins", "neighbours"])
+    parser.add_argument("stage", choices=["pilot", "main", "twins", "neighbours", "verdict"])
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.stage == "verdict":
+        print_verdict()
+        return
     arms = [arm for arm in recall.ARMS if arm not in NEIGHBOURS]
 
     def undone(jobs, table, *keys):
-        done = {tuple(line[key] for key in keys) for line in ladder.read(RESULTS / table)}
+        done = {tuple(line[key] for key in keys) for line in read(RESULTS / "recall" / table)}
         return [job for job in jobs[args.part[0]::args.part[1]] if tuple(map(str, job)) not in done]
 
     if args.stage == "twins":
@@ -87,7 +389,7 @@ def main():
                            for arm in arms for rate in RATES], "runs.csv", *keys):
             run_recall(*job)
     if args.stage in ("main", "neighbours"):
-        lines = ladder.read(RESULTS / "runs.csv")
+        lines = read(RESULTS / "recall/runs.csv")
         for job in undone([(task, arm, seed, best_rate(lines, task, arm)) for seed in seeds
                            for task in tasks for arm in arms], "runs.csv", *keys):
             run_recall(*job)

@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
-from lab import example as spine
+from lab.helpers import *  # noqa: F403
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line styles and markers serve a print without colour.
 BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
@@ -25,7 +25,7 @@ LABELS = {"convolution": "whole module"}    # the word in pictures, where it is 
 LOOKS |= {"no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
           "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, (0, (3, 1)), "P"),
           "signed": (BLACK, (0, (8, 3)), "*"), "random routes": (PINK, ":", "^")}
-# So has in lesson 2 a way to give a router its gradient. What does not learn is grey.
+# So has in lesson 3 a way to give a router its gradient. What does not learn is grey.
 LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
           "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
           "whole one-hot": (GREEN, "-.", "D"), "Gumbel": (PINK, ":", "^"), "REINFORCE": (BLACK, (0, (3, 1)), "X"), "soft mixture": (SKY, (0, (8, 3)), "P")}
@@ -92,7 +92,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", [
 TOP = 10                                    # the strip's scale ends at ten times the even weight
 
 
-def show_picture(ax, picture, side=spine.SIDE, grey=False):
+def show_picture(ax, picture, side=SIDE, grey=False):
     """The photograph under a map of (side, side) tokens. picture: (3, S, S) in [-1, 1]."""
     pixels = array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1)
     if grey:
@@ -101,7 +101,7 @@ def show_picture(ax, picture, side=spine.SIDE, grey=False):
     clear(ax)
 
 
-def outline(ax, mask, colour, side=spine.SIDE):
+def outline(ax, mask, colour, side=SIDE):
     """A line, edged with black, around the tokens of a mask. mask: (side^2,) bool."""
     fine = np.kron(array(mask).reshape(side, side), np.ones((16, 16)))
     axis = (np.arange(16 * side) + 0.5) / 16 - 0.5
@@ -113,15 +113,15 @@ def draw_map(ax, row, ex, top=TOP):
     """One query's weights over the photograph, in multiples of the even weight 1/N. row: (256,), any scale."""
     row = row.abs().sum() ** -1 * row
     show_picture(ax, ex.picture, grey=True)
-    image = ax.imshow(array(row.view(spine.SIDE, spine.SIDE) * len(row)), cmap=HEAT, vmin=-top, vmax=top,
+    image = ax.imshow(array(row.view(SIDE, SIDE) * len(row)), cmap=HEAT, vmin=-top, vmax=top,
                       interpolation="nearest")
-    box(ax, divmod(ex.query, spine.SIDE))
+    box(ax, divmod(ex.query, SIDE))
     return image
 
 
 def show_map(row, title, ex=None, top=TOP):
     """The photograph with face, sky and query, and beside it, large, one query's weights. row: (256,)."""
-    ex = ex or spine.example()
+    ex = ex or example()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3))
     show_example(left, ex)
     image = draw_map(right, row, ex, top)
@@ -136,7 +136,7 @@ def show_example(ax, ex):
     show_picture(ax, ex.picture)
     outline(ax, ex.face, "#FFD700")
     outline(ax, ex.sky, "white")
-    box(ax, divmod(ex.query, spine.SIDE))
+    box(ax, divmod(ex.query, SIDE))
     ax.set_title("query (red), face\n(yellow), sky (white)", fontsize=13)
 
 
@@ -145,7 +145,7 @@ def strip(maps, ex=None):
 
     maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on.
     """
-    ex = ex or spine.example()
+    ex = ex or example()
     rows = {name: m[ex.query] if m.dim() == 2 else m for name, m in maps.items()}
     signed = min(row.min() for row in rows.values()) < 0
     n = len(rows) + 1
@@ -159,9 +159,9 @@ def strip(maps, ex=None):
     for ax, (name, row) in zip(panels, rows.items()):
         image = draw_map(ax, row, ex)
         ax.set_title(LABELS.get(name, name), fontsize=14, color=LOOKS[name][0] if name in LOOKS else BLACK, fontweight="bold", pad=20)
-        if name in spine.NAMES + spine.TRAINED:
-            ax.text(0.5, 1.025, "trained" if name in spine.TRAINED else "not trained", transform=ax.transAxes, ha="center", fontsize=12)
-        found = spine.shares(row, ex)
+        if name in NAMES + TRAINED:
+            ax.text(0.5, 1.025, "trained" if name in TRAINED else "not trained", transform=ax.transAxes, ha="center", fontsize=12)
+        found = shares(row, ex)
         under(ax, [f"face {found.face:.0%}", f"sky {found.sky:.1%}", *[f"negative {found.negative:.0%}"] * signed,
                    f"entropy {found.entropy:.2f}"])
     for ax in panels[len(rows):]:
@@ -506,7 +506,7 @@ def slider(function, **ranges):
                                                 continuous_update=False)})
 
 
-# ---- Routing (lessons 2 and 3) --------------------------------------------------------------------------------------
+# ---- Routing (lessons 3 and 2) --------------------------------------------------------------------------------------
 
 CHOICES = ["#8FBCE0", "#F2B48C", "#8FD1B9", "#E7C6DA", "#666666", "#F0E442", "#C9A66B"]     # light, so that text can lie on them
 
@@ -516,18 +516,18 @@ def show_choices(choices, names, ex=None, photograph=True):
 
     choices: {title: (256,) int}; names: a word for each member of the bank.
     """
-    ex = ex or spine.example()
+    ex = ex or example()
     n = len(choices) + photograph
     fig, axes = plt.subplots(1, n, figsize=(3.0 * n, 4.1))
     if photograph:
         show_example(axes[0], ex)
     for ax, (title, index) in zip(axes[photograph:], choices.items()):
-        ax.imshow(array(index).reshape(spine.SIDE, spine.SIDE), cmap=ListedColormap(CHOICES[:len(names)]), vmin=-0.5,
+        ax.imshow(array(index).reshape(SIDE, SIDE), cmap=ListedColormap(CHOICES[:len(names)]), vmin=-0.5,
                   vmax=len(names) - 0.5, interpolation="nearest")
         clear(ax)
         outline(ax, ex.face, "#FFD700")
         outline(ax, ex.sky, "white")
-        box(ax, divmod(ex.query, spine.SIDE))
+        box(ax, divmod(ex.query, SIDE))
         ax.set_title(title, fontsize=14)
         load = torch.bincount(index.flatten(), minlength=len(names)) / index.numel()
         ax.set_xlabel("\n\n", fontsize=13)  # keeps room for what comes

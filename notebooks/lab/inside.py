@@ -1,4 +1,4 @@
-"""Lesson 7's pictures of a trained model: routes, maps from part to part, banks, and what the loss costs without a part."""
+"""Lesson 8's pictures of a trained model: routes, maps from part to part, banks, and what the loss costs without a part."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -167,7 +167,7 @@ def show_growth(growth, xlabel, ways=("",)):
 def longest_runs(rows, forms, lr="0.004"):
     """Of each data set the longest runs that were finished with all of {title: form}, by the seeds that all have.
 
-    rows: of gate.py. Returns {title: rows}."""
+    rows: of eq8.py. Returns {title: rows}."""
     rows = [row for row in rows if row["lr"] == lr]
     finished = {(row["data"], int(row["steps"]), row["form"], row["seed"]) for row in rows if row["step"] == row["steps"]}
     common = {(data, steps, seed) for data, steps, _, seed in finished
@@ -180,7 +180,7 @@ def longest_runs(rows, forms, lr="0.004"):
 def show_fading(runs):
     """The attention's output beside V over the training. Thin: a block of a run; thick: the geometric mean of a data set.
 
-    runs: {title: rows of gate.py}.
+    runs: {title: rows of eq8.py}.
     """
     fig, axes = plt.subplots(1, len(runs), figsize=(11.5, 4.8), sharey=True)
     for ax, (title, rows) in zip(axes, runs.items()):

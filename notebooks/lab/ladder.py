@@ -1,11 +1,11 @@
-"""Trains, samples and measures the variants that the paper's tables compare, with seeds: the data of notebook 10.
+"""Trains, samples and measures the variants that the paper's tables compare, with seeds: the data of notebook 11.
 
     python notebooks/lab/ladder.py --data shapes                                            the built-in set
     python notebooks/lab/ladder.py --data cifar10 --data-dir DIR                            CIFAR-10, or files in its layout
     python notebooks/lab/ladder.py --data cifar10 --model DyDi-LiT-S/2 --steps 50000        for a GPU
     python notebooks/lab/ladder.py --data shapes --variants rung6 rung6:n_heads=4,lr=1e-3   other questions
-    python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants lambda0:normalizer=none ...   notebook 10's
-    python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants pixart edit dig moh lit ...   notebook 11's
+    python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants lambda0:normalizer=none ...   notebook 11's
+    python notebooks/lab/ladder.py --data cifar10 --first-seed 100 --variants pixart edit dig moh lit ...   notebook 12's
 
 Variants: rung1 .. rung6 of Table 4 (rung1 is Sana, rung6 DyDi-LiT); map of Table 5 and increasing of Table 6, both
 without the convolution, as rung5 is, with which those tables compare them; sana and dit, of Table 1, at rung6's honest
@@ -38,6 +38,7 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import cost, eq8, measures  # noqa: E402
+from lab.measures import commit, read  # noqa: E402
 from lab.neighbours import NEIGHBOURS, lit_heads  # noqa: E402
 
 RECIPE = "2"                    # the guidance of the small model's recipe when the experiment was made
@@ -135,25 +136,11 @@ def flags(text, known):
 
 # ---- What is measured on a trained model ----------------------------------------------------------------------------
 
-def held_out(data, data_dir, n=500):
-    """n images that were not trained on."""
-    found = train.shapes(n, seed=1) if data == "shapes" else train.cifar10(data_dir, ["test_batch.bin"])
-    found.images, found.labels = found.images[:n], found.labels[:n]
-    return found
-
-
-def noisy(data, t, seed):
-    """The held-out images with the noise of timesteps t (M,): always the same noise. Returns x_0, x_t, noise, labels."""
-    x, y = data.batch(torch.arange(len(t)), torch.zeros(len(t), dtype=torch.bool))
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    return x, dydilit.GaussianDiffusion().q_sample(x, t, noise), noise, y
-
-
 def noisy_band(data, band):
     """The held-out images with noise of timesteps within a band, the same in every call. x_0, x_t, noise, labels, t."""
     width, generator = 1000 // BANDS, torch.Generator().manual_seed(band)
     t = band * width + torch.randint(width, (len(data.labels),), generator=generator)
-    return *noisy(data, t, seed=1000 + band), t
+    return *eq8.noisy(data, t, seed=1000 + band), t
 
 
 @torch.no_grad()
@@ -214,7 +201,7 @@ def look_inside(model, data, n=200, shuffles=200):
     Of a neighbour's attention only the tokens are looked at, but for the full softmax attention that some of its blocks have.
     """
     t = torch.randint(1000, (n,), generator=torch.Generator().manual_seed(0))
-    _, x_t, _, y = noisy(data, t, seed=0)
+    _, x_t, _, y = eq8.noisy(data, t, seed=0)
     blocks, chosen, hooks, subtracted = [], {}, [], []
 
     def attention(module, inputs, output):
@@ -286,14 +273,6 @@ def data_folder(args, data):
     return pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
 
 
-def commit():
-    """The commit of this code, with a + if files that it tracks have changed since; "" where there is no git."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"], cwd=ROOT, check=True,
-                              capture_output=True, text=True).stdout.strip()
-    return ""
-
-
 def run_folder(args, data, variant, steps, seed):
     return data_folder(args, data) / f"{variant.replace(':', '-')}-{steps}-{seed}"
 
@@ -317,7 +296,7 @@ def one_run(args, key, train_flags, known_network, made_by):
          key["seed"], "--steps", key["steps"], "--sampling-steps", 20, "--sample-every", key["steps"], *train_flags)
     device = train.pick_device()
     model = dydilit.load_model(run / "checkpoint.pt", parts)[0].to(device)
-    data = held_out(key["data"], args.data_dir)
+    data = eq8.held_out_images(key["data"], args.data_dir)
     losses, logs = held_out_losses(model, data)
     blocks, routers = look_inside(model, data)
     last = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
@@ -377,7 +356,7 @@ def prepare(args, data):
 def yardstick(args, data, known_network):
     """The line of real.csv: held-out real images, as many as a run generates, measured as those are."""
     network, real = known_network
-    test = held_out(data, args.data_dir, 10_000)
+    test = eq8.held_out_images(data, args.data_dir, 10_000)
     found = measures.extract(test.images, network or measures.load_network(args.network))
     line = dict(data=data, samples=args.samples, network=args.network or "classifier",
                 **measures.compare({name: f[:args.samples] for name, f in found.items()}, real))
@@ -387,9 +366,9 @@ def yardstick(args, data, known_network):
 
 
 def keep_features(args, data, known_network, per_class=30):
-    """The features of some real and generated images, for notebook 09's t-SNE: features.npz in the data's folder, of
+    """The features of some real and generated images, for notebook 10's t-SNE: features.npz in the data's folder, of
     the first seed and the recipe's guidance."""
-    test, out, at = held_out(data, args.data_dir, 10_000), {}, RECIPE
+    test, out, at = eq8.held_out_images(data, args.data_dir, 10_000), {}, RECIPE
     source = {"real": (test.images, test.labels)}
     for variant in ("dit", "sana", "rung6"):
         path = sample_file(args, run_folder(args, data, variant, args.steps, args.first_seed), at)
@@ -418,10 +397,6 @@ def leave(*_):
 
 def rounded(line):
     return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in line.items()}
-
-
-def read(path):
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def main():

@@ -12,8 +12,11 @@ the last pooling, the first 7 channels of mixed_6's first convolution (7 x 17 x 
 features alone, sFID, sKID and IS are left out. Figures compare only for the same network, reference and image count.
 """
 import argparse
+import contextlib
 import csv
+import fcntl
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -230,6 +233,29 @@ def save_log(path, log):
         writer = csv.DictWriter(file, dict.fromkeys(name for row in log for name in row))
         writer.writeheader()
         writer.writerows(log)
+
+
+def add_lines(path, lines):
+    """Appends lines (dictionaries with the same keys) to a table. Several processes may do so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, lines[0])
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(lines)
+
+
+def read(path):
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def commit():
+    """The commit of this code, with a + if files that it tracks have changed since; "" where there is no git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"], cwd=pathlib.Path(__file__).parent, check=True,
+                              capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def load_network(path):

@@ -145,7 +145,7 @@ class Shuffled(nn.Module):
 
 
 def neighbour(parts):
-    """The attention of one of notebook 11's systems. Its tokens lie on a square, row by row.
+    """The attention of one of notebook 12's systems. Its tokens lie on a square, row by row.
 
     PixArt-Sigma's is that of its last blocks, which make one key of four tokens."""
     config = dydilit.ModelConfig(image_size=128, dim=WIDTH,
