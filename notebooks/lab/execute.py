@@ -51,8 +51,11 @@ def reduced(image, total, kept):
 
 
 def smaller(png):
-    """A picture with 64 colours, or with 256 where fewer would show; base64 in and out."""
-    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+    """A picture with 64 colours, or with 256 where fewer would show; base64 in and out. An animation stays as it is."""
+    opened = Image.open(io.BytesIO(base64.b64decode(png)))
+    if getattr(opened, "n_frames", 1) > 1:
+        return png
+    image = np.asarray(opened.convert("RGB"))
     for total, kept in [(64, 32), (256, 96)]:
         small = reduced(image, total, kept)
         if abs(np.asarray(small.convert("RGB")).astype(int) - image).mean() < 0.3:          # of 255

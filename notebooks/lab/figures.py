@@ -1,13 +1,17 @@
 """What the notebooks' pictures share: names and colours, the two diagrams, the strip of maps, grids of images, sliders."""
 import inspect
+import io
 import math
 import os
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython import display
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from PIL import Image
 
 from lab.helpers import *  # noqa: F403
 
@@ -483,27 +487,71 @@ def transformer_diagram(*lit, title=None):
     plt.show()
 
 
-# ---- Sliders --------------------------------------------------------------------------------------------------------
+# ---- Stills, animations and sliders ---------------------------------------------------------------
 
-def slider(function, **ranges):
-    """The picture that function(name=value) draws, then a slider to move name, over a second copy of the picture.
+def pictures_of(draw, values, dpi):
+    """What draw(value) draws for each value, (frames, height, width, 3) uint8. Nothing is shown."""
+    frames = []
+    with mock.patch.object(plt, "show"):        # draw may end with plt.show(), or not
+        for value in values:
+            draw(value)
+            fig = plt.gcf()
+            fig.set_dpi(dpi)
+            fig.canvas.draw()
+            frames.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
+            plt.close(fig)
+    return np.stack(frames)
 
-    ranges: one name=(low, high, step). The first picture takes the function's default, or the middle of the range. It
-    is all there is without ipywidgets, and in committed outputs.
-    """
+
+def show_png(first, **settings):
+    """Shows a Pillow picture, or an animation, as a PNG."""
+    file = io.BytesIO()
+    first.save(file, "png", optimize=True, **settings)
+    display.display(display.Image(file.getvalue()))
+
+
+def stills(draw, values, beside=True, dpi=80):
+    """What draw(value) draws for a few values, as one picture: side by side, or else in a column."""
+    frames = pictures_of(draw, values, dpi)
+    show_png(Image.fromarray(np.concatenate(frames, axis=1 if beside else 0)))
+
+
+def animation(draw, values, ms=150, rest=1500, colours=128, dpi=80):
+    """What draw(value) draws for many values, as one animated PNG that plays for ever.
+
+    Show stills() of three of the values beside it, since paper doesn't move. All figures must have
+    one size, and axes that stay where they are. ms: milliseconds of each picture; rest: of the last
+    one; colours: of the one palette that all share. Sixteen figures of 7 x 4 inches have 150 KB."""
+    frames = pictures_of(draw, values, dpi)
+    n, height, width, _ = frames.shape
+    column = Image.fromarray(frames.reshape(n * height, width, 3)).quantize(
+        colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    first, *others = [column.crop((0, i * height, width, (i + 1) * height)) for i in range(n)]
+    show_png(first, save_all=True, append_images=others, loop=0, duration=[ms] * (n - 1) + [rest])
+
+
+def slider(function, stills_at=None, **ranges):
+    """The picture that function(name=value) draws, and a slider to move name, over a second copy.
+
+    ranges: one name=(low, high, step). stills_at: three values, of which stills() makes the first
+    picture. That picture is all there is without ipywidgets, and in committed outputs."""
     (name, (low, high, step)), = ranges.items()
     default = inspect.signature(function).parameters[name].default
     start = (low + high) / 2 if default is inspect.Parameter.empty else default
-    function(**{name: start})
+    if stills_at:
+        stills(lambda value: function(**{name: value}), stills_at)
+    else:
+        function(**{name: start})
     if os.environ.get("LAB_STATIC"):        # set by execute.py
         return
     try:
         import ipywidgets
     except ImportError:
         return
-    kind = ipywidgets.IntSlider if all(isinstance(n, int) for n in (low, high, step, start)) else ipywidgets.FloatSlider
-    ipywidgets.interact(function, **{name: kind(value=start, min=low, max=high, step=step, description=name,
-                                                continuous_update=False)})
+    whole = all(isinstance(n, int) for n in (low, high, step, start))
+    kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    ipywidgets.interact(function, **{name: kind(value=start, min=low, max=high, step=step,
+                                                description=name, continuous_update=False)})
 
 
 # ---- Routing (lessons 3 and 2) --------------------------------------------------------------------------------------
