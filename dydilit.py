@@ -89,8 +89,8 @@ class Router(nn.Module):
     """Eq. 1. Each token takes the one of n choices whose score in X_i R is the largest.
 
     arg max has no gradient, and the paper names no estimator. This one is the straight-through
-    softmax (Bengio et al. 2013). Scores are computed in float32 also under autocast, so that their
-    own rounding does not change the choice. weight: (n, d), the transpose of the paper's R."""
+    softmax (Bengio et al. 2013). Scores are computed in float32 also under autocast, because in
+    bfloat16 near ones would tie. weight: (n, d), the transpose of the paper's R."""
 
     def __init__(self, dim, n):
         super().__init__()
@@ -313,20 +313,21 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig: {name}={value!r} is not one of {choices[name]}")
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"ModelConfig: {name}={value!r} is not a positive integer")
-            if field.type is float and not (isinstance(value, (int, float)) and value >= 0):
-                raise ValueError(f"ModelConfig: {name}={value!r} is not a number from 0 on")
-        if not isinstance(self.lambda_init, (list, tuple)) or len(self.lambda_init) != 2:
+            top = 1 if name == "label_dropout" else 1000
+            if field.type is float and not (type(value) in (int, float) and 0 <= value <= top):
+                raise ValueError(f"ModelConfig: {name}={value!r} is not a number in 0..{top}")
+        pair = self.lambda_init if isinstance(self.lambda_init, (list, tuple)) else ()
+        if len(pair) != 2 or not all(type(x) in (int, float) and abs(x) <= 1000 for x in pair):
             raise ValueError(f"ModelConfig: lambda_init={self.lambda_init!r} is not two numbers")
-        self.lambda_init = tuple(map(float, self.lambda_init))              # JSON makes it a list
+        self.lambda_init = tuple(map(float, pair))                          # JSON makes it a list
         self.input_size = self.image_size // self.vae_factor                # of what is denoised
         if self.image_size % (self.vae_factor * self.patch_size):
             raise ValueError(f"ModelConfig: image_size={self.image_size} is not a multiple of "
                              f"vae_factor x patch_size = {self.vae_factor} x {self.patch_size}")
         if self.dim % 4 or self.dim % self.n_heads:                         # 4 for the positions
             raise ValueError(f"dim={self.dim} is not a multiple of 4 and n_heads={self.n_heads}")
-        if self.differential == "none":
-            fits = not self.dwc
-        else:
+        fits = not self.dwc
+        if self.differential != "none":
             fits = self.kernel == "dynamic" and self.dynamic_projection
         if not fits:
             raise ValueError("ModelConfig: a differential needs kernel='dynamic' and "
@@ -773,14 +774,14 @@ class GaussianDiffusion(nn.Module):
         return dict(loss=simple + variational, simple=simple, variational=variational)
 
     @torch.no_grad()
-    def sample(self, model, x, steps=250, sampler="ddpm", clip_x0=False, generator=None,
-               progress=True):
+    def sample(self, model, x, steps=250, sampler="ddpm", clip_x0=False,
+               randn_like=torch.randn_like, progress=True):
         """Turns noise into samples.
 
         model(x_t, t) -> (B, 2C, S, S), its classes bound already; x: (B, C, S, S), standard normal;
         steps: 1..T; sampler: "ddpm", ancestral with the learned variance, or "ddim", deterministic;
-        clip_x0: for pixels in [-1, 1]; generator: draws the noise of "ddpm". Returns (B, C, S, S).
-        ValueError for another sampler or number of steps."""
+        clip_x0: for pixels in [-1, 1]; randn_like: draws the noise of "ddpm", (B, C, S, S).
+        Returns (B, C, S, S). ValueError for another sampler or number of steps."""
         if sampler not in ("ddpm", "ddim"):
             raise ValueError(f"sampler {sampler!r} is not one of ddpm, ddim")
         spaced = self.respace(steps)
@@ -793,8 +794,7 @@ class GaussianDiffusion(nn.Module):
                 noise = (x - spaced._at("sqrt_alpha_bar", t) * x0) / spaced._at("sqrt_one_minus", t)
                 x = prev.sqrt() * x0 + (1 - prev).sqrt() * noise
             elif i > 0:
-                noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                x = mean + (log_variance / 2).exp() * noise
+                x = mean + (log_variance / 2).exp() * randn_like(x)
             else:
                 x = mean
         return x

@@ -473,7 +473,8 @@ def generate(model, labels, steps, cfg, sampler="ddpm", seed=0, vae=None, batch_
         x = torch.randn((len(y), *shape), generator=generator, device=device)
         with autocast(device):
             x = diffusion.sample(lambda x, t: model.forward_with_cfg(x, t, y, cfg), x, steps,
-                                 sampler, clip_x0=vae is None, generator=generator)
+                                 sampler, clip_x0=vae is None, randn_like=lambda x: torch.randn(
+                                     x.shape, generator=generator, device=device))
         if vae is not None:
             x = (x / vae.config.scaling_factor).split(4)        # a decoder takes much memory
             x = torch.cat([vae.decode(part).sample for part in x])

@@ -137,8 +137,7 @@ def guidance(count=64, steps=250):
     def two_passes(x, t):
         with_class, without = plain(x, t, y), plain(x, t, torch.full_like(y, plain.cfg.n_classes))
         return torch.cat([without[:, :c] + 4 * (with_class[:, :c] - without[:, :c]), with_class[:, c:]], dim=1)
-    generator = torch.Generator(x.device)
-    ms = median_ms({name: lambda f=f: diffusion.sample(f, x, steps, generator=generator, progress=False) for name, f in [
+    ms = median_ms({name: lambda f=f: diffusion.sample(f, x, steps, progress=False) for name, f in [
         ("plain", two_passes), ("fused", lambda x, t: fused.forward_with_cfg(x, t, y, 4))]}, repeats=3)
     row(f"{name}, {steps} guided steps, {count} images: plain loop / fused and batched", f"{ms['plain'] / ms['fused']:.3f}",
         "", f"{ms['plain'] / 1e3:.1f} s, {ms['fused'] / 1e3:.1f} s")
