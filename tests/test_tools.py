@@ -1,6 +1,7 @@
-"""encode.py, which makes latents for train.py, and `measures.py reference`, which writes data as samples are written."""
+"""encode.py, which makes latents for train.py, and `measures.py reference`, which writes data."""
 import json
 import pathlib
+import resource
 import sys
 
 import numpy as np
@@ -21,87 +22,140 @@ def test_classes_are_picked_by_seed(tmp_path):
     image_tree(tmp_path, "edcba", 2)
     picks = [encode.pick_classes(tmp_path, 3, seed) for seed in range(8)]
     assert all(len(p) == 3 and p == sorted(p) for p in picks) and len(set(map(tuple, picks))) > 1
-    assert picks[0] == encode.pick_classes(tmp_path, 3, 0)
+    assert picks[0] == encode.pick_classes(tmp_path, 3) and encode.pick_classes(tmp_path) == [*"abcde"]
 
 
-@pytest.mark.parametrize("data", ["shapes", "cifar10", "pets"])
-def test_reference_holds_the_data(cli, tmp_path, data):
-    cifar_files(tmp_path / "data")
-    image_tree(tmp_path / "pets", "abcd", 5)
-    more = ["--classes", 2, "--image-size", 24] if data == "pets" else []
-    tool(measures, "reference", "--data", data, "--num", 8, "--out", "out/ref.npz", *more)
-    ref = np.load("out/ref.npz")
-    size = 24 if data == "pets" else 32
-    assert ref["arr_0"].shape == (8, size, size, 3) and ref["arr_0"].dtype == np.uint8 and len(ref["arr_1"]) == 8
-    if data == "cifar10":
-        images = {image.tobytes(): label for image, label in zip(*(getattr(train.cifar10(tmp_path / "data"), n)
-                                                                   for n in ("images", "labels")))}
-        assert [images[i.tobytes()] for i in ref["arr_0"]] == ref["arr_1"].tolist()
+# ---- measures.py reference ----
 
+def reference(*argv):
+    tool(measures, "reference", *argv, "--out", "new/ref.npz")
+    return measures.load_npz("new/ref.npz")
+
+
+def test_reference_draws_from_the_data(cli, tmp_path):
+    data = train.cifar10(cifar_files(tmp_path / "data"))
+    place = {image.tobytes(): i for i, image in enumerate(data.images)}
+    images, labels = reference("--data", "cifar10")
+    assert np.array_equal(images, data.images) and np.array_equal(labels, data.labels)
+    drawn = []
+    for seed in (0, 0, 1):
+        images, labels = reference("--data", "cifar10", "--num", 30, "--seed", seed)
+        drawn.append([place[image.tobytes()] for image in images])
+        assert labels.tolist() == data.labels[drawn[-1]].tolist()
+        assert drawn[-1] == sorted(set(drawn[-1])) and len(images) == 30 and drawn[-1][-1] > 60
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_reference_of_a_folder_has_the_classes_that_encode_picks(cli, tmp_path):
+    paths = image_tree(tmp_path / "pets", "abcd", 5)
+    args = ["--data", "pets", "--classes", 2, "--seed", 3]
+    images, labels = reference(*args, "--image-size", 24)
+    names = encode.pick_classes(paths, 2, 3)
+    want = [train.read_image(paths / name / f"{i}.png", 24) for name in names for i in range(5)]
+    assert np.array_equal(images, want) and labels.tolist() == 5 * [0] + 5 * [1]
+    assert reference(*args, "--num", 8)[0].shape == (8, 32, 32, 3)
+
+
+# ---- encode.py ----
 
 @pytest.fixture
 def vae(tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="the VAE's tests need: pip install diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="these need: pip install diffusers")
     torch.manual_seed(0)
     blocks = 4
-    diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
-                            block_out_channels=[8] * blocks, norm_num_groups=4, latent_channels=4, sample_size=32,
-                            scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * blocks, block_out_channels=[8] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks, norm_num_groups=4, latent_channels=4,
+        sample_size=32, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
 
-def test_encode_train_and_decode(cli, vae, tmp_path, capsys):
-    image_tree(tmp_path / "net", "abcde", 3)
-    args = ["--data", "net", "--classes", 3, "--image-size", 32, "--vae", "vae", "--batch-size", 2]
-    tool(encode, *args, "--out", "latents")
-    store, about = np.load("latents/latents.npy"), json.loads(pathlib.Path("latents/latents.json").read_text())
-    assert store.shape == (9, 2, 4, 4, 4) and store.dtype == np.float16 and about["scaling_factor"] == 0.5
-    names = encode.pick_classes(tmp_path / "net", 3, 0)
-    assert about["names"] == names and about["done"] == 9
-    model, paths = train.load_vae("vae", "cpu"), train.image_folder(tmp_path / "net", names)[0]
-    x = torch.from_numpy(np.stack([train.read_image(p, 32) for p in paths])).permute(0, 3, 1, 2) / 127.5 - 1
-    for view, images in enumerate((x, x.flip(3))):          # the VAE's own noise is small beside the latents
-        mean, std = (getattr(model.encode(images).latent_dist, n) * 0.5 for n in ("mean", "std"))
-        assert ((torch.from_numpy(store[:, view]).float() - mean).abs() < 6 * std + 0.01).all()
+ENCODE = ["--data", "net", "--image-size", 32, "--vae", "vae", "--batch-size"]
 
+
+def test_encode_train_and_decode(cli, vae, tmp_path):
+    image_tree(tmp_path / "net", "abcde", 3)
+    args = [*ENCODE, 2, "--classes", 3]
+    tool(encode, *args, "--out", "latents")
+    store, names = np.load("latents/latents.npy"), encode.pick_classes(tmp_path / "net", 3, 0)
+    assert store.shape == (9, 2, 4, 4, 4) and store.dtype == np.float16
+    about = json.loads(pathlib.Path("latents/latents.json").read_text())
+    assert about["names"] == names and about["done"] == about["total"] == 9
+    model, paths = train.load_vae("vae", "cpu"), train.image_folder(tmp_path / "net", names)[0]
+    x = train.pixels(np.stack([train.read_image(path, 32) for path in paths]))
+    noise = []
+    for view, images in enumerate((x, x.flip(3))):
+        z = model.encode(images).latent_dist
+        noise.append((torch.from_numpy(store[:, view]).float() / 0.5 - z.mean) / z.std)
+    noise = torch.stack(noise, 1)                           # what was added to the latents' means
+    assert noise.mean().abs() < 0.2 and 0.85 < noise.std() < 1.15
+    assert torch.corrcoef(noise.reshape(18, -1)).fill_diagonal_(0).abs().max() < 0.7   # each its own
     data = train.latents(pathlib.Path("latents"))
     x, y = data.batch(torch.tensor([4, 5]), torch.tensor([False, True]))
-    assert np.array_equal(x[0].numpy(), store[4, 0]) and np.array_equal(x[1].numpy(), store[5, 1])
+    assert np.array_equal(x.numpy(), [store[4, 0], store[5, 1]]) and y.tolist() == [1, 1]
     assert data.model_shape() == dict(image_size=32, vae_factor=8, in_channels=4, n_classes=3)
 
     cli("--data", "latents", *TINY, "--steps", "2")
     cli("sample", "--run", "runs/latents", "--num", 4)
     assert np.load("runs/latents/samples.npz")["arr_0"].shape == (4, 32, 32, 3)
 
-    with pytest.raises(SystemExit, match="holds another encoding .files_sha256, names, seed differ"):
+    before = snapshot(tmp_path / "latents")
+    with pytest.raises(SystemExit, match="another encoding .files_sha256, names, seed differ"):
         tool(encode, *args, "--out", "latents", "--seed", 1)
-    with pytest.raises(SystemExit, match="not a multiple of the VAE's factor 8"):
-        tool(encode, *args, "--out", "other", "--image-size", 36)
-    with pytest.raises(SystemExit, match="latents are not images"):
-        tool(measures, "reference", "--data", "latents", "--out", "x.npz")
+    assert snapshot(tmp_path / "latents") == before
+    tool(encode, *args, "--out", "other", "--seed", 1)
+    assert not np.isclose(np.load("other/latents.npy"), store).any((1, 2, 3, 4)).all()
 
 
-def test_encode_resumes_where_it_was_stopped(cli, vae, tmp_path, monkeypatch):
+def test_neither_stops_nor_the_batch_size_change_latents(cli, vae, tmp_path, monkeypatch):
     image_tree(tmp_path / "net", "ab", 5)
-    args = ["--data", "net", "--image-size", 32, "--vae", "vae", "--batch-size", 3]
-    tool(encode, *args, "--out", "whole")
+    tool(encode, *ENCODE, 3, "--out", "whole")
     read, calls = encode.read_images, []
 
-    def stopping(*a, **options):
-        calls.append(a)
+    def stopping(*args, **options):
+        calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return read(*a, **options)
+        return read(*args, **options)
+
     monkeypatch.setattr(encode, "read_images", stopping)
     with pytest.raises(SystemExit) as stop:
-        tool(encode, *args, "--out", "stopped")
+        tool(encode, *ENCODE, 3, "--out", "stopped")
     assert stop.value.code == 130
-    with pytest.raises(SystemExit, match="only 6 of 10 images are encoded; run the encode command again"):
+    with pytest.raises(SystemExit, match="only 6 of 10 images are encoded; run the encode command"):
         cli("--data", "stopped", *TINY)
-    tool(encode, *args, "--out", "stopped")
-    assert len(calls) == 5
-    for name in ("latents.npy", "labels.npy"):
-        assert pathlib.Path("whole", name).read_bytes() == pathlib.Path("stopped", name).read_bytes()
+    tool(encode, *ENCODE, 1, "--out", "stopped")
+    assert len(calls) == 7                                  # four images were left
+    whole, stopped = (np.load(f"{name}/latents.npy") for name in ("whole", "stopped"))
+    assert np.allclose(whole, stopped, rtol=2e-3, atol=1e-3)
+    assert np.load("stopped/labels.npy").tolist() == 5 * [0] + 5 * [1]
+
+
+def test_a_full_disk_is_told_before_the_work(cli, vae, tmp_path, monkeypatch):
+    image_tree(tmp_path / "net", "ab", 20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))    # a write beyond fails
+    try:
+        with pytest.raises(SystemExit, match="latents/latents.npy: .*check the path and the free"):
+            tool(encode, *ENCODE, 4, "--out", "latents")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    reserve = encode.reserve
+
+    def reserved(path, shape):
+        reserve(path, shape)
+        assert path.stat().st_blocks * 512 >= 40 * 2 * 4 * 4 * 4 * 2    # and no hole in the file
+
+    monkeypatch.setattr(encode, "reserve", reserved)
+    tool(encode, *ENCODE, 4, "--out", "latents")                    # there is space now
+    assert len(train.latents(pathlib.Path("latents")).labels) == 40
+
+
+def test_latents_among_the_images_are_no_class(cli, vae, tmp_path):
+    image_tree(tmp_path / "net", "ab", 2)
+    for _ in range(2):
+        tool(encode, *ENCODE, 4, "--out", "net/latents")
+    assert train.latents(pathlib.Path("net/latents")).names == ["a", "b"]
 
 
 def test_without_diffusers_latents_say_what_to_install(cli, tmp_path, monkeypatch):
@@ -111,23 +165,27 @@ def test_without_diffusers_latents_say_what_to_install(cli, tmp_path, monkeypatc
         tool(encode, "--data", "net", "--out", "latents")
 
 
-BAD = [
-    (measures, ["reference", "--data", "pets", "--out", "ref.png"], "--out ref.png: give a name that ends in .npz"),
-    (measures, ["reference", "--data", "pets", "--num", "99", "--out", "r.npz"], "--num 99: the data has 16 images"),
-    (measures, ["reference", "--data", "pets", "--classes", "3", "--out", "r.npz"], "--classes 3: .* has 2 class folders; give 2..2"),
-    (measures, ["reference", "--data", "shapes", "--classes", "3", "--out", "r.npz"], "--classes 3: only a folder's classes"),
-    (encode, ["--data", "pets", "--out", "half-encoded"], "half-encoded/latents.json: damaged; choose another --out"),
-    (encode, ["--data", "pets", "--out", "mine"], "mine: not empty; choose another --out"),
-]
+BAD = {
+    "reference --data pets --num 99 --out r.npz": "--num 99: the data has 16 images",
+    "reference --data pets --classes 3 --out r.npz": "--classes 3: pets has 2",
+    "reference --data shapes --classes 3 --out r.npz": "--classes 3: only of a folder",
+    "reference --data pets --out pets/cat/0.png/r.npz": "pets/cat/0.png/r.npz: .*Not a directory",
+    "--data pets --out half": "half/latents.json: .*; choose another --out",
+    "--data pets --out mine": "mine: not empty; choose another --out",
+    "--data pets --out pets/cat/0.png": "File exists: 'pets/cat/0.png'",
+    "--data pets --vae vae --image-size 36 --out new": "not a multiple of the VAE's factor, 8",
+}
 
 
-@pytest.mark.parametrize("module, argv, message", BAD, ids=[" ".join(argv) for _, argv, _ in BAD])
-def test_bad_input_gets_one_line_and_loses_nothing(cli, tmp_path, module, argv, message):
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_line_and_loses_nothing(cli, vae, tmp_path, words, monkeypatch):
     image_tree(tmp_path / "pets", count=8)
-    for path, text in (("half-encoded/latents.json", '{"done": '), ("mine/thesis.txt", "years of work")):
+    for path, text in (("half/latents.json", '{"done": '), ("mine/thesis.txt", "years of work")):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text(text)
     before = snapshot(tmp_path)
-    with pytest.raises(SystemExit, match=message) as stop:
-        tool(module, *argv)
+    for module in (train, encode):
+        monkeypatch.setattr(module, "read_images", None)    # it is told before any work
+    with pytest.raises(SystemExit, match=BAD[words]) as stop:
+        tool(measures if "reference" in words else encode, *words.split())
     assert "\n" not in str(stop.value) and snapshot(tmp_path) == before

@@ -24,12 +24,12 @@ from train import Problem, class_folders, image_folder, read_images  # noqa: E40
 
 def pick_classes(root, count=None, seed=0):
     """The class folders of a folder, or so many random ones of them."""
-    names = class_folders(root)
+    names = [name for name in class_folders(root)
+             if not pathlib.Path(root, name, "latents.json").exists()]      # of an earlier command
     if count is None:
         return names
-    if not 2 <= count <= len(names):
-        raise Problem(f"--classes {count}: {root} has {len(names)} class folders; give 2.."
-                      f"{len(names)}")
+    if count > len(names):
+        raise Problem(f"--classes {count}: {root} has {len(names)}")
     return sorted(np.random.default_rng(seed).choice(names, count, replace=False).tolist())
 
 
@@ -40,16 +40,23 @@ def encoded_so_far(out, about):
         if any(out.glob("[!.]*")):      # anything but the hidden leftovers of an interrupted write
             raise Problem(f"{out}: not empty; choose another --out")
         return 0
-    try:
-        before = dict(json.loads(state.read_text()))
-        done = int(before["done"])
-    except (ValueError, TypeError, KeyError):
-        raise Problem(f"{state}: damaged; choose another --out") from None
-    different = [key for key, value in about.items() if before.get(key) != value]
-    if different:
-        raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose "
-                      "another --out")
-    return done
+    with train.blaming(state, "choose another --out"):
+        before = json.loads(state.read_text())
+        different = [key for key, value in about.items() if before[key] != value]
+        if before["done"] and different:
+            raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose "
+                          "another --out")
+        return before["done"]
+
+
+def reserve(path, shape):
+    """Writes zeros: to write through a memory map where a disk is full would kill the process."""
+    one = np.zeros(shape[1:], np.float16)
+    header = dict(descr=one.dtype.str, fortran_order=False, shape=shape)
+    with train.replacing(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(shape[0]):
+            file.write(one.tobytes())
 
 
 @torch.no_grad()
@@ -65,30 +72,35 @@ def encode(args):
 
     def note(done):
         with train.replacing(out / "latents.json", "w") as file:
-            json.dump(dict(about, scaling_factor=vae.config.scaling_factor, done=done), file, indent=1)
+            json.dump(dict(about, done=done), file, indent=1)
 
     with train.claimed(out):
         done = encoded_so_far(out, about)
         vae = train.load_vae(args.vae, device)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if args.image_size % factor:
-            raise Problem(f"--image-size {args.image_size}: not a multiple of the VAE's factor {factor}")
+            raise Problem(f"--image-size: not a multiple of the VAE's factor, {factor}")
+        shape = (2, vae.config.latent_channels, *2 * [args.image_size // factor])
         if done == 0:
-            note(0)                                 # from here on the folder is this encoding's
-            np.save(out / "labels.npy", labels)
-            side = args.image_size // factor
-            shape = (len(paths), 2, vae.config.latent_channels, side, side)
-            np.lib.format.open_memmap(out / "latents.npy", "w+", np.float16, shape)
+            note(0)                     # from here on the folder is this encoding's
+            with train.replacing(out / "labels.npy") as file:
+                np.save(file, labels)
+            reserve(out / "latents.npy", (len(paths), *shape))
         store = np.load(out / "latents.npy", mmap_mode="r+")
-        for start in tqdm(range(done, len(paths), args.batch_size), desc="encoding", unit="batch"):
-            chunk = paths[start:start + args.batch_size]
-            x = train.pixels(read_images(chunk, args.image_size, disable=True)).to(device)
-            torch.manual_seed(args.seed + start)    # the same latents wherever it was stopped
-            pair = [vae.encode(view).latent_dist.sample() * vae.config.scaling_factor
-                    for view in (x, x.flip(3))]
-            store[start:start + len(chunk)] = torch.stack(pair, dim=1).half().cpu().numpy()
+        random = torch.Generator()
+        for start in tqdm(range(done, len(paths), args.batch_size), "encoding", unit="batch"):
+            some = range(start, min(start + args.batch_size, len(paths)))
+            chunk = read_images([paths[i] for i in some], args.image_size, disable=True)
+            x = train.pixels(chunk).to(device)
+            noise = torch.stack([       # an image's own, whatever the size of its batch
+                torch.randn(shape, generator=random.manual_seed(args.seed * 2**32 + i))
+                for i in some]).to(device)
+            for view, image in enumerate((x, x.flip(3))):
+                z = vae.encode(image).latent_dist
+                z = (z.mean + z.std * noise[:, view]) * vae.config.scaling_factor
+                store[start:some.stop, view] = z.half().cpu().numpy()
             store.flush()
-            note(start + len(chunk))
+            note(some.stop)
     print(f"{out}: {len(paths)} images of {len(names)} classes, encoded")
 
 
@@ -99,7 +111,7 @@ def main(argv=None):
     add("--out", required=True, help="the folder to write")
     add("--classes", type=train.positive, help="how many classes to pick at random; default: all")
     add("--image-size", type=train.positive, default=256, help="in pixels; default: %(default)s")
-    add("--seed", type=train.number(int, 0, 2 ** 31), default=0, help="of everything random")
+    add("--seed", type=train.number(int, 0, 2**31), default=0, help="of everything random")
     add("--vae", default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: hub name or folder")
     add("--batch-size", type=train.positive, default=16, help="images per pass of the VAE")
     encode(parser.parse_args(argv))
