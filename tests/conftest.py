@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests, too: notebooks and endurance")
+    parser.addoption("--slow", action="store_true", help="run the slow tests, too")
 
 
 def pytest_configure(config):
@@ -34,7 +34,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def surroundings(request, monkeypatch):
-    """Hides GPUs from all tests but those of test_cuda.py, and gives the programs they start one thread."""
+    """The same random numbers for every test; one thread; and a GPU for test_cuda.py only."""
+    torch.manual_seed(0)
     if request.module.__name__ != "test_cuda":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -46,7 +47,8 @@ def surroundings(request, monkeypatch):
 def known():
     """ladder.py's variants of the small model for CIFAR-10. To find their widths takes seconds."""
     from lab import ladder
-    return ladder.variants("DyDi-LiT-XS/4", dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10))
+    cifar10 = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)
+    return ladder.variants("DyDi-LiT-XS/4", cifar10)
 
 
 @pytest.fixture
