@@ -1,5 +1,4 @@
-"""The measure of whether attention is used, the rule that chose the form of Eq. 8, and the model that is shipped."""
-import itertools
+"""Forms of Eq. 8, whether attention is used, the rule, and the model that is shipped."""
 import math
 
 import numpy as np
@@ -8,27 +7,50 @@ import torch
 
 import dydilit
 import train
-from lab import eq8, ladder
+from lab import eq8
 from lab.execute import HERE
 
 SHIPPED = HERE / "results" / "shapes" / "model.pt"
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A small model with random weights in all places, and 20 pictures."""
+def build(parts, **fields):
+    """A small model with random weights in all places, the same for all forms."""
     torch.manual_seed(0)
-    model = dydilit.build_model(train.SMALL_MODEL, dim=32, depth=2).eval()
+    model = dydilit.build_model(train.SMALL_MODEL, parts, dim=32, depth=2, **fields).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model, eq8.held_out_images("shapes", None, 20)
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def small():
+    return build(dydilit.block_parts), eq8.held_out_images("shapes", None, 20)
+
+
+def test_the_form_length_is_the_librarys(small):
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([10, 500])
+    out = small[0](x, t, t * 0)
+    assert torch.equal(build(eq8.parts_with("length"))(x, t, t * 0), out)
+    assert not torch.allclose(build(eq8.parts_with("mass"))(x, t, t * 0), out, rtol=0.01)
+
+
+def test_lambda_held_at_0_leaves_plain_attention():
+    model = build(eq8.parts_with("lambda0-mass"))
+    differential = model.blocks[1].attn.differential
+    q, q_red, k, k_red, v = torch.rand(5, 2, 9, 32)
+    out, want = differential(q, q_red, k, k_red, v), dydilit.linear_attention(q, k, v)
+    torch.testing.assert_close(out, want)
+    assert not differential.lambdas.any() and not differential.lambdas.requires_grad
+    with pytest.raises(ValueError, match="no token differential"):
+        build(eq8.parts_with("mass"), attention="softmax")
 
 
 def test_permuted_keys_bring_other_tokens_values_in_each_picture():
     q, q_red, k, k_red, v = torch.rand(5, 3, 16, 4)
     new = eq8.permuted((q, q_red, k, k_red, v, 1))
-    assert torch.equal(new[0], q) and torch.equal(new[1], q_red) and torch.equal(new[4], v) and new[5] == 1
+    assert new[0] is q and new[1] is q_red and new[4] is v and new[5] == 1
     orders = [[int((new[2][b, j] == k[b]).all(-1).nonzero()) for j in range(16)] for b in range(3)]
     for b, order in enumerate(orders):
         assert sorted(order) == list(range(16)) and order != list(range(16))
@@ -39,47 +61,50 @@ def test_permuted_keys_bring_other_tokens_values_in_each_picture():
 def test_use_measures_lengths_zeros_and_what_the_loss_costs(small):
     model, data = small
     seen = []
-    hook = model.blocks[1].attn.differential.register_forward_hook(lambda module, inputs, out: seen.append((inputs, out)))
+    hook = model.blocks[1].attn.differential.register_forward_hook(lambda *args: seen.append(args))
     found = eq8.use(model, data)
     hook.remove()
-    inputs, out = seen[0]
-    assert found["size_2"] == pytest.approx((out.norm(dim=-1).mean() / inputs[4].norm(dim=-1).mean()).item())
-    assert found["zero_q_2"] == pytest.approx((inputs[0] == 0).all(-1).float().mean().item())
-    assert len({found[f"log_{way}"] for way in eq8.WITHOUT}) == 4 and found == eq8.use(model, data)     # and repeats
-    bands = [found[f"square_whole_{low}"] for low, _ in itertools.pairwise(eq8.BANDS)]
+    _, (q, _, k, _, v, *_), out = seen[0]
+    size = out.norm(dim=-1).mean() / v.norm(dim=-1).mean()
+    assert found["size_2"] == pytest.approx(size.item())
+    for name, z in ("zero_q_2", q), ("zero_k_2", k):
+        assert found[name] == pytest.approx((z == 0).all(-1).float().mean().item())
+    outputs = [out for _, _, out in seen]                   # of whole, permuted, mean and zero
+    assert len(outputs) == 4 and not torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[2][0, 5], outputs[2][0].mean(dim=0))
+    assert outputs[2].any() and not outputs[3].any()
+    assert len({found[f"log_{way}"] for way in eq8.WITHOUT}) == 4
+    assert found == eq8.use(model, data)                    # the hooks are gone, the noise repeats
+    bands = [found[f"square_whole_{low}"] for low in (0, 100, 400, 700)]
     assert np.average(bands, weights=[2, 6, 6, 6]) == pytest.approx(found["square_whole"])
-
-
-def test_an_attention_without_values_is_dead(small):
-    model, data = small
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for block in model.blocks:
-        block.attn.qkv.weight.data[-32:] *= 1e-6            # V
-    found = eq8.use(model, data)
-    model.load_state_dict(before)
-    assert all(found[f"log_{way}"] == pytest.approx(found["log_whole"], abs=1e-5) for way in eq8.WITHOUT)
-    assert not eq8.alive(found)
+    assert eq8.cost(dict(log_whole="-5", log_mean=math.log(2) - 5), "mean") == pytest.approx(1)
 
 
 @pytest.mark.parametrize("sizes, growth, expected", [
-    ([0.2, 0.2, 0.2, 0.0], 0.06, True), ([0.2, 0.2, 0.0, 0.0], 0.06, False), ([0.2, 0.2, 0.2, 0.2], 0.04, False)])
+    ([0.2, 0.2, 0.2, 0.0], 0.06, True), ([0.2, 0.2, 0.0, 0.0], 0.06, False),
+    ([0.09, 0.2, 0.2, 0.09], 0.06, False), ([0.2, 0.2, 0.2, 0.2], 0.04, False)])
 def test_alive_needs_three_long_outputs_and_keys_that_matter(sizes, growth, expected):
     row = {f"size_{b}": str(size) for b, size in enumerate(sizes, 1)}
-    assert eq8.alive(dict(row, log_whole="-5", log_permuted=str(-5 + math.log1p(growth)))) is expected
+    assert eq8.alive(row | dict(log_whole="-5", log_permuted=-5 + math.log1p(growth))) is expected
 
 
 def test_intervals_are_students_with_one_degree_of_freedom():
-    mean, low, high = eq8.interval([1.0, 3.0])
-    sd, quantile = 2 ** 0.5, math.tan(math.pi * 0.475)      # of Cauchy's distribution, which t with one degree is
-    assert mean == 2 and [low, high] == pytest.approx([2 - quantile * sd / 2 ** 0.5, 2 + quantile * sd / 2 ** 0.5], rel=1e-4)
+    # Two numbers 2 apart have a standard error of 1, and the quantile of the tables is 12.7062.
+    assert eq8.interval([1.0, 3.0]) == pytest.approx((2, 2 - 12.7062, 2 + 12.7062), rel=1e-5)
+
+
+def test_the_plan_has_36_runs():
+    runs = eq8.planned()
+    assert len(runs) == len(set(runs)) == 36 and {steps for *_, steps in runs} == {1000}
+    assert [(form, lr) for _, form, lr, _, _ in runs].count(("none", 0.004)) == 4
 
 
 def test_the_shipped_model_samples_and_is_alive(tmp_path):
     model, about = dydilit.load_model(SHIPPED)
-    assert about["step"] == train.KNOBS["steps"][0] and not any("/" in str(value) for value in (about["knobs"]["data"],
-                                                                                            about["knobs"]["data_dir"]))
-    assert eq8.alive(eq8.use(model, eq8.held_out_images("shapes", None, 100)))
-    train.main(["sample", "--run", str(SHIPPED.parent), "--num", "10", "--steps", "10", "--sampler", "ddim",
-                "--out", str(tmp_path / "s.npz")])
+    assert about["step"] == train.KNOBS["steps"][0]
+    assert not any("/" in str(about["knobs"][name]) for name in ("data", "data_dir"))
+    assert eq8.alive(eq8.use(model, eq8.held_out_images("shapes", None, 40)))
+    train.main(["sample", "--run", str(SHIPPED.parent), "--num", "10", "--steps", "5",
+                "--sampler", "ddim", "--out", str(tmp_path / "s.npz")])
     images = np.load(tmp_path / "s.npz")["arr_0"]
     assert images.shape == (10, 32, 32, 3) and images.std() > 20

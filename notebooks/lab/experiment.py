@@ -1,15 +1,14 @@
-"""The runs of notebook 11's experiment, and of notebook 12's systems on recall.
+"""The experiments of lessons 11, 12 and A: the runs on recall, and the analysis of all.
 
-    python notebooks/lab/experiment.py pilot        three learning rates for each arm, two seeds
+    python notebooks/lab/experiment.py pilot        recall: three rates for each arm, two seeds
     python notebooks/lab/experiment.py main         then twenty fresh seeds, each at its best rate
     python notebooks/lab/experiment.py twins        eight seeds of the systems of twins.py
-    python notebooks/lab/experiment.py neighbours   notebook 12's, pilot and five seeds
-    python notebooks/lab/experiment.py verdict      prints what came out
+    python notebooks/lab/experiment.py neighbours   lesson 12's systems: pilot, then five seeds
+    python notebooks/lab/experiment.py              prints what came out
 
 Each run adds a line to runs.csv or twins.csv in notebooks/results/recall, and one that is there
-already is not made again. With --part 0 2 and --part 1 2, two processes share the work.
-
-The analysis of the experiments of notebooks 11, 12 and A.
+already is not made again. With --part 0 2 and --part 1 2, two processes share the work. The eighty
+runs of appendix A are made by ladder.py.
 
 Contrasts, measures and rule were fixed before the runs. Runs are paired by their seeds, and each
 contrast has the variance of its own differences.
@@ -31,45 +30,53 @@ from lab.neighbours import NEIGHBOURS  # noqa: E402
 from lab.recall import ARMS, PAIRS as TASKS  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
-RATES, PILOT_SEEDS, SEEDS = (0.003, 0.01, 0.03), (100, 101), range(20)
-PAIRS = (2, 4, 8, 16, 32, 64)               # a trained model is measured on sets of these sizes
+RATES, PILOT_SEEDS, FRESH_SEEDS = (0.003, 0.01, 0.03), (100, 101), range(20)
+SIZES = (2, 4, 8, 16, 32, 64)               # pairs of the sets on which a model is measured
 
 
-def best_rate(lines, task, arm):
-    """The rate with the best mean accuracy of the pilot seeds."""
-    found = {rate: [float(line[f"accuracy_{recall.PAIRS[task]}"]) for line in lines
-                    if (line["task"], line["arm"], float(line["rate"])) == (task, arm, rate)
-                    and int(line["seed"]) in PILOT_SEEDS] for rate in RATES}
+# ---- The runs ---------------------------------------------------------------------------------
+
+def best_rate(rows, task, arm):
+    """The rate with the best mean accuracy of the pilot's seeds."""
+    found = {rate: by_seed([row for row in rows if float(row["rate"]) == rate], task, arm,
+                           accuracy_of(task), PILOT_SEEDS) for rate in RATES}
     if any(len(accuracies) < len(PILOT_SEEDS) for accuracies in found.values()):
         sys.exit(f"experiment.py: {arm} lacks pilot runs on {task}; run the pilot first")
-    return max(found, key=lambda rate: sum(found[rate]))
+    return max(found, key=lambda rate: sum(found[rate].values()))
 
 
 def run_recall(task, arm, seed, rate):
+    """Trains an arm on a task. Returns its line of runs.csv."""
     start = time.time()
     model = recall.train_model(task, arm, seed, rate)
     line = dict(task=task, arm=arm, seed=seed, rate=rate, commit=measures.commit())
-    seconds, sizes = time.time() - start, PAIRS
-    if arm in NEIGHBOURS:
-        sizes = (2, 8, 32)                                  # their tokens must form a square
-    line |= {f"accuracy_{n}": round(recall.accuracy(model, task, seed, n), 6) if n in sizes else ""
-             for n in PAIRS}
-    line |= dict(on_target=recall.weight_on_target(model, task, seed), seconds=round(seconds, 1))
-    measures.add_lines(RESULTS / "recall/runs.csv", [line])
+    seconds = round(time.time() - start, 1)
+    for n in SIZES:                         # a neighbour's tokens must form a square
+        fits = arm not in NEIGHBOURS or n in (2, 8, 32)
+        line[f"accuracy_{n}"] = round(recall.accuracy(model, task, seed, n), 6) if fits else ""
+    return line | dict(on_target=recall.weight_on_target(model, task, seed), seconds=seconds)
 
 
 def run_twins(arm, seed):
+    """Trains a system on twins. Returns its line of twins.csv, and keeps samples of the first."""
     start = time.time()
     denoiser = twins.train_model(arm, seed)
-    seconds, pictures = time.time() - start, twins.sample(denoiser)
-    measures.add_lines(RESULTS / "recall/twins.csv", [dict(
-        arm=arm, seed=seed, commit=measures.commit(), score=twins.score(denoiser, seed),
-        agreement=twins.agreement(pictures), seconds=round(seconds, 1))])
+    seconds, pictures = round(time.time() - start, 1), twins.sample(denoiser)
     if seed == 0:
         np.save(RESULTS / f"recall/twins-{arm.replace(' ', '-')}.npy", pictures[:6].numpy())
+    return dict(arm=arm, seed=seed, commit=measures.commit(), score=twins.score(denoiser, seed),
+                agreement=twins.agreement(pictures), seconds=seconds)
 
 
-# ---- Student's t ------------------------------------------------------------------------------
+def make(run, jobs, table, part):
+    """Adds the line of each job to a table, whose first columns tell the jobs apart."""
+    done = {tuple(row.values()) for row in read(table)}
+    for job in jobs[part[0]::part[1]]:
+        if not any(row[:len(job)] == tuple(map(str, job)) for row in done):
+            measures.add_lines(table, [run(*job)])
+
+
+# ---- Statistics -------------------------------------------------------------------------------
 
 def tail(t, df):
     """The chance that |T| exceeds |t|.
@@ -122,7 +129,15 @@ def holm(p):
     return adjusted
 
 
-# ---- Recall (notebook 11) ---------------------------------------------------------------------
+def contrasts(cases):
+    """A dictionary per contrast: its fields, what `paired` finds, and Holm's p over all cases.
+
+    cases: [(fields, {seed: number}, {seed: number} of what it is compared with)]."""
+    lines = [fields | paired(a, b) for fields, a, b in cases]
+    return [line | dict(holm=p) for line, p in zip(lines, holm([line["p"] for line in lines]))]
+
+
+# ---- Recall and twins (lesson 11) -------------------------------------------------------------
 
 FAMILIES = {    # contrasts as (arm, arm that it is compared with)
     "kernel": [("fixed power", "ReLU"), ("dynamic", "fixed power"), ("dynamic", "one power"),
@@ -152,12 +167,17 @@ def logit(accuracy):
     return math.log(p / (1 - p))
 
 
-def by_seed(rows, task, arm, measure=None, seeds=range(20)):
+def accuracy_of(task):
+    """What reads a row's accuracy on sets as those that were trained on."""
+    return lambda row: float(row[f"accuracy_{TASKS[task]}"])
+
+
+def by_seed(rows, task, arm, measure=None, seeds=FRESH_SEEDS):
     """{seed: the accuracy's logit} of an arm, or what measure(row) makes of each row."""
-    measure = measure or (lambda row: logit(float(row[f"accuracy_{TASKS[task]}"])))
-    mine = [row for row in rows
-            if (row["task"], row["arm"]) == (task, arm) and int(row["seed"]) in seeds]
-    return {int(row["seed"]): measure(row) for row in sorted(mine, key=lambda row: int(row["seed"]))}
+    measure = measure or (lambda row: logit(accuracy_of(task)(row)))
+    found = {int(row["seed"]): measure(row) for row in rows
+             if (row["task"], row["arm"]) == (task, arm) and int(row["seed"]) in seeds}
+    return dict(sorted(found.items()))
 
 
 def arms_of(rows):
@@ -172,16 +192,12 @@ def margin(rows, task):
     return (max(means[:2]) - means[2]) / 10
 
 
-def recall_contrasts(rows, measure=None):
-    """A dictionary per contrast and task, as paired makes it. Holm's correction is per family."""
-    table = []
-    for family, pairs in FAMILIES.items():
-        lines = [dict(family=family, arm=arm, base=base, task=task,
-                      **paired(*(by_seed(rows, task, name, measure) for name in (arm, base))))
-                 for arm, base in pairs for task in TASKS]
-        for line, p in zip(lines, holm([line["p"] for line in lines])):
-            table.append(line | dict(holm=p))
-    return table
+def recall_contrasts(rows):
+    """`contrasts` of all arms of FAMILIES on all tasks. Holm's correction is per family."""
+    return [line for family, pairs in FAMILIES.items() for line in contrasts([
+        (dict(family=family, arm=arm, base=base, task=task),
+         by_seed(rows, task, arm), by_seed(rows, task, base))
+        for arm, base in pairs for task in TASKS])]
 
 
 def judge_recall(rows):
@@ -209,26 +225,23 @@ def pairs_at_half(row):
 
     It is read off straight lines between the measured numbers, and cut to 2 and 64 pairs."""
     numbers = sorted(int(name.split("_")[1]) for name in row if name.startswith("accuracy_"))
-    values = [float(row[f"accuracy_{n}"]) for n in numbers]
-    for (n, high), (m, low) in zip(zip(numbers, values), zip(numbers[1:], values[1:])):
-        if high >= 0.5 > low:
-            return math.log2(n) + (high - 0.5) / (high - low) * math.log2(m / n)
-    return math.log2(numbers[-1] if values[-1] >= 0.5 else numbers[0])
+    falling = [-float(row[f"accuracy_{n}"]) for n in numbers]
+    return float(np.interp(-0.5, falling, np.log2(numbers)))
 
 
 def trainable(rows, task, arm):
     """Whether half of an arm's seeds or more reach twice the accuracy of chance, which is 1/16."""
-    reached = by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{TASKS[task]}"]) > 2 / 16)
-    return sum(reached.values()) >= len(reached) / 2
+    found = by_seed(rows, task, arm, accuracy_of(task)).values()
+    return np.mean([accuracy > 2 / 16 for accuracy in found]) >= 1 / 2
 
 
-def print_contrasts(table):
-    """Prints a line per contrast and task, from recall_contrasts or twins_contrasts."""
-    print(f"{'contrast':38}{'task':14}{'change':>9}{'95 % interval':>18}{'Holm p':>9}")
+def print_contrasts(table, show="{:+.2f}".format):
+    """Prints a line per contrast. show: how a number is written."""
+    print(f"{'contrast':43}{'of':15}{'change':>9}{'95 % interval':>21}{'Holm p':>8}")
     for line in table:
-        low, high = (f"{bound:+.2f}" for bound in interval(line))
-        print(f"{line['arm'] + ' - ' + line['base']:38}{line['task']:14}"
-              f"{line['estimate']:+9.2f}{f'{low} to {high}':>18}{line['holm']:9.3f}")
+        asks = line.get("asks") or f"{line['arm']} - {line['base']}"
+        of, bounds = line.get("measure") or line["task"], " to ".join(map(show, interval(line)))
+        print(f"{asks:43}{of:15}{show(line['estimate']):>9}{bounds:>21}{line['holm']:8.3f}")
 
 
 TWINS = [("dynamic", "Sana"), ("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic"), ("DyDiLA", "Sana"),
@@ -236,12 +249,11 @@ TWINS = [("dynamic", "Sana"), ("DyDiLA", "lambda 0"), ("DyDiLA", "dynamic"), ("D
 
 
 def twins_contrasts(rows):
-    """A dictionary per contrast of the twins' scores. Holm's correction over all."""
-    scores = {arm: {int(row["seed"]): float(row["score"]) for row in rows if row["arm"] == arm}
-              for arm in dict.fromkeys(row["arm"] for row in rows)}
-    table = [dict(family="twins", arm=arm, base=base, task="score",
-                  **paired(scores[arm], scores[base])) for arm, base in TWINS]
-    return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
+    """`contrasts` of the twins' scores."""
+    def scores(arm):
+        return {int(row["seed"]): float(row["score"]) for row in rows if row["arm"] == arm}
+    return contrasts([(dict(family="twins", arm=arm, base=base, task="score"),
+                       scores(arm), scores(base)) for arm, base in TWINS])
 
 
 def print_accuracies(rows):
@@ -249,10 +261,9 @@ def print_accuracies(rows):
     print(f"{'mean accuracy (least, most)':28}" + "".join(f"{task:>22}" for task in TASKS))
     for arm in arms_of(rows):
         cells = []
-        for task, n in TASKS.items():
-            found = by_seed(rows, task, arm, lambda row: float(row[f"accuracy_{n}"])).values()
-            mean = sum(found) / len(found)
-            cells.append(f"{mean:.3f} ({min(found):.3f}, {max(found):.3f})")
+        for task in TASKS:
+            found = [*by_seed(rows, task, arm, accuracy_of(task)).values()]
+            cells.append(f"{np.mean(found):.3f} ({min(found):.3f}, {max(found):.3f})")
         print(f"{arm:28}" + "".join(f"{cell:>22}" for cell in cells))
 
 
@@ -266,7 +277,7 @@ def print_judgement(rows):
             print(f"not trainable on {task}: {', '.join(dead)}")
 
 
-# ---- The eighty runs and the neighbours (notebooks A and 11) ----------------------------------
+# ---- The eighty runs and the neighbours (lessons A and 12) ------------------------------------
 
 LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5, lambda held at 0
 RUNG5 = {n: f"rung5:normalizer={n}" for n in ("none", "mass")}          # with the differential
@@ -303,96 +314,82 @@ def chosen(rows, variants, seeds=SEEDS):
 
 
 def compare(rows, pairs, seeds=SEEDS):
-    """A dictionary per contrast and measure, as paired makes it. Holm's correction over all."""
-    table = []
-    for asks, (variant, base) in pairs.items():
-        for measure, value in MEASURES.items():
-            a, b = ({int(row["seed"]): value(row) for row in chosen(rows, [name], seeds)}
-                    for name in (variant, base))
-            table.append(dict(asks=asks, measure=measure, variant=variant, base=base,
-                              **paired(a, b)))
-    return [line | dict(holm=p) for line, p in zip(table, holm([line["p"] for line in table]))]
+    """`contrasts` of pairs of variants, in each of MEASURES. pairs: {what it asks: a pair}."""
+    def values(variant, measure):
+        return {int(row["seed"]): measure(row) for row in chosen(rows, [variant], seeds)}
+    return contrasts([(dict(asks=asks, measure=name, variant=variant, base=base),
+                       values(variant, measure), values(base, measure))
+                      for asks, (variant, base) in pairs.items()
+                      for name, measure in MEASURES.items()])
 
 
 def print_table(table):
     """Prints the contrasts of `compare` in percent."""
-    print(f"{'contrast':43}{'measure':15}{'change':>8}{'95 % interval':>20}{'Holm p':>9}")
-    for line in table:
-        low, high = map(percent, interval(line))
-        bounds = f"{low:+.1f} to {high:+.1f} %"
-        print(f"{line['asks']:43}{line['measure']:15}{percent(line['estimate']):+6.1f} %"
-              f"{bounds:>20}{line['holm']:9.3f}")
+    print_contrasts(table, lambda value: f"{percent(value):+.1f} %")
 
 
 def print_floors(rows, floors, names=NAMES, seeds=SEEDS):
     """Prints each system's squared error as a multiple of the floor's, by band of timesteps.
 
     floors: the error of always predicting the mean picture of the class, a line per band."""
-    print("timesteps from      " + "".join(f"{row['timesteps_from']:>7}" for row in floors))
+    print(f"{'timesteps from':20}" + "".join(f"{row['timesteps_from']:>7}" for row in floors))
     for variant, name in names.items():
-        mine = chosen(rows, [variant], seeds)
-        errors = [np.mean([float(row[f"band{b}"]) for row in mine]) for b in range(len(floors))]
-        print(f"{name:20}" + "".join(f"{error / float(row['squared_error']):7.2f}"
-                                     for error, row in zip(errors, floors)))
+        mine, line = chosen(rows, [variant], seeds), f"{name:20}"
+        for b, floor in enumerate(floors):
+            error = np.mean([float(row[f"band{b}"]) for row in mine])
+            line += f"{error / float(floor['squared_error']):7.2f}"
+        print(line)
 
 
 def print_silenced(lines, names=NAMES, seeds=SEEDS):
     """Prints by how much a variant's loss grows when the output of its attention is set to zero.
 
-    Mean and range of its runs, from the table of commit 74c498a's silenced.py."""
+    Mean and range of its runs, from silenced.csv, which silenced.py of commit 74c498a made."""
     print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
     for variant, name in names.items():
         mine = chosen(lines, [variant], seeds)
-        growth = sorted(float(line["without_attention"]) - float(line["held_out_log"])
-                        for line in mine)
-        sizes = [float(line["size"]) for line in mine if line["size"]]
-        print(f"{name:20}{percent(np.mean(growth)):>+22,.1f} %{percent(growth[0]):>+9,.1f}"
-              f"{percent(growth[-1]):>+10,.1f}" + (f"{np.median(sizes):>14.1e}" if sizes else ""))
+        growth = [float(row["without_attention"]) - float(row["held_out_log"]) for row in mine]
+        sizes = [float(row["size"]) for row in mine if row["size"]]
+        mean, least, most = map(percent, (np.mean(growth), min(growth), max(growth)))
+        print(f"{name:20}{mean:>+22,.1f} %{least:>+9,.1f}{most:>+10,.1f}"
+              + (f"{np.median(sizes):>14.1e}" if sizes else ""))
 
+
+# ---- The command ------------------------------------------------------------------------------
 
 def print_verdict():
-    recall = read(RESULTS / "recall/runs.csv")
-    print_accuracies(recall)
-    print("\nmargins, in logits:", ", ".join(f"{t} {margin(recall, t):.2f}" for t in TASKS), "\n")
-    print_contrasts(recall_contrasts(recall) + twins_contrasts(read(RESULTS / "recall/twins.csv")))
+    rows = read(RESULTS / "recall/runs.csv")
+    print_accuracies(rows)
+    print("\nmargins, in logits:", ", ".join(f"{t} {margin(rows, t):.2f}" for t in TASKS), "\n")
+    print_contrasts(recall_contrasts(rows) + twins_contrasts(read(RESULTS / "recall/twins.csv")))
     print()
-    print_judgement(recall)
+    print_judgement(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["pilot", "main", "twins", "neighbours", "verdict"])
+    parser.add_argument("stage", choices=["pilot", "main", "twins", "neighbours", "verdict"],
+                        nargs="?", default="verdict")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.stage == "verdict":
-        print_verdict()
-        return
-    arms = [arm for arm in recall.ARMS if arm not in NEIGHBOURS]
-
-    def undone(jobs, table, *keys):
-        done = {tuple(line[key] for key in keys) for line in read(RESULTS / "recall" / table)}
-        return [job for job in jobs[args.part[0]::args.part[1]] if tuple(map(str, job)) not in done]
-
+        return print_verdict()
     if args.stage == "twins":
-        for job in undone([(arm, seed) for seed in range(8) for arm in twins.ARMS],
-                          "twins.csv", "arm", "seed"):
-            run_twins(*job)
-        return
-    tasks, seeds = recall.PAIRS, SEEDS
+        jobs = [(arm, seed) for seed in range(8) for arm in twins.ARMS]
+        return make(run_twins, jobs, RESULTS / "recall/twins.csv", args.part)
+    arms, tasks, seeds = [arm for arm in ARMS if arm not in NEIGHBOURS], TASKS, FRESH_SEEDS
     if args.stage == "neighbours":
-        arms, tasks, seeds = list(NEIGHBOURS), ["interference"], SEEDS[:5]
-    keys = ("task", "arm", "seed", "rate")
-    if args.stage in ("pilot", "neighbours"):
-        for job in undone([(task, arm, seed, rate) for seed in PILOT_SEEDS for task in tasks
-                           for arm in arms for rate in RATES], "runs.csv", *keys):
-            run_recall(*job)
-    if args.stage in ("main", "neighbours"):
-        lines = read(RESULTS / "recall/runs.csv")
-        for job in undone([(task, arm, seed, best_rate(lines, task, arm)) for seed in seeds
-                           for task in tasks for arm in arms], "runs.csv", *keys):
-            run_recall(*job)
+        arms, tasks, seeds = NEIGHBOURS, ["interference"], FRESH_SEEDS[:5]
+    table = RESULTS / "recall/runs.csv"
+    if args.stage != "main":
+        make(run_recall, [(task, arm, seed, rate) for seed in PILOT_SEEDS for task in tasks
+                          for arm in arms for rate in RATES], table, args.part)
+    if args.stage != "pilot":
+        rows = read(table)
+        make(run_recall, [(task, arm, seed, best_rate(rows, task, arm)) for seed in seeds
+                          for task in tasks for arm in arms], table, args.part)
 
 
 if __name__ == "__main__":
