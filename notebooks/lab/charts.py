@@ -23,36 +23,43 @@ KINDS = {"DiT": "softmax", "softmax": "softmax", "Sana": "ReLU", "ReLU": "ReLU",
 
 
 def race(x, ys, xlabel, ylabel, **settings):
-    """curves() of {name: values} for models and their attention, each with its family's look. Returns the axes.
+    """curves() of {name: values}, each with its family's look. Returns the axes.
 
-    A name begins with DiT, softmax, Sana, ReLU or DyDi, whose line is thick. One with "paper" or "stored" in it is a variant.
-    """
+    A name begins with DiT, softmax, Sana, ReLU or DyDi, whose line is thick. One with "paper" or
+    "stored" in it is a variant."""
     ax = plt.subplots(figsize=(8.6, 4.6))[1]
     for name, values in ys.items():
         kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
-        variant = dict(linestyle=":", color=ORANGE) if "paper" in name else {}
-        if "stored" in name:
-            variant = dict(linestyle=":", fillstyle="none")
-        width = 4 if kind == "convolution" and not variant else 2.2
-        ax.plot(array(x), array(values), **{**look(kind, marker=True, label=name), "linewidth": width, **variant})
+        style = dict(look(kind, marker=True, label=name), linewidth=2.2)
+        if "paper" in name:
+            style |= dict(linestyle=":", color=ORANGE)
+        elif "stored" in name:
+            style |= dict(linestyle=":", fillstyle="none")
+        elif kind == "convolution":
+            style |= dict(linewidth=4)
+        ax.plot(array(x), array(values), **style)
     return curves(x, {}, xlabel, ylabel, ax=ax, **settings)
 
 
-def bars(parts, xlabel, labels=(None,), colours=(SKY, ORANGE), form="{:.0%}", width=9.0, base=0, ax=None, loc="lower right"):
-    """Horizontal bars of {name: number, or one number per label}, the number at the end of each. Returns the axes.
+def bars(parts, xlabel, labels=(None,), colours=(SKY, ORANGE), form="{:.0%}", width=9.0, base=0,
+         ax=None, loc="lower right"):
+    """Horizontal bars of {name: number, or one per label}, each with its number. Returns the axes.
 
-    They begin at `base`. If that is not 0, the axis is logarithmic and they lead to either side of it.
-    """
-    rows = {name: np.atleast_1d(values) for name, values in parts.items()}
-    n, every = len(labels), np.array(list(rows.values()))
-    ax = ax or plt.subplots(figsize=(width, 0.9 + (0.26 + 0.26 * n) * len(rows)))[1]
+    They begin at `base`. If that is not 0, the axis is logarithmic and they lead to either side."""
+    every = np.array([np.atleast_1d(values) for values in parts.values()])
+    rows, n = every.shape
+    ax = ax or plt.subplots(figsize=(width, 0.9 + (0.26 + 0.26 * n) * rows))[1]
     for j, label in enumerate(labels):
-        y = np.arange(len(rows)) + (j - (n - 1) / 2) * 0.8 / n
-        ax.barh(y, every[:, j] - base, left=base, height=0.72 / n, label=label, edgecolor="white", hatch="//" if n > 1 and j == 0 else None,
-                color=colours[j] if n > 1 else list(colours)[:len(rows)] if len(colours) >= len(rows) else BLUE)
+        y = np.arange(rows) + (j - (n - 1) / 2) * 0.8 / n
+        colour, hatch = colours[j] if n > 1 else BLUE, "//" if n > 1 and j == 0 else None
+        if n == 1 and len(colours) >= rows:
+            colour = list(colours)[:rows]
+        ax.barh(y, every[:, j] - base, left=base, height=0.72 / n, label=label, color=colour,
+                edgecolor="white", hatch=hatch)
         for height, value in zip(y, every[:, j]):
-            ax.text(value, height, f" {form.format(value)} ", va="center", ha="left" if value >= base else "right", fontsize=13)
-    ax.set_yticks(range(len(rows)), rows)
+            ax.text(value, height, f" {form.format(value)} ", va="center", fontsize=13,
+                    ha="left" if value >= base else "right")
+    ax.set_yticks(range(rows), parts)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.set_xlabel(xlabel)

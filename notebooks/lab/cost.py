@@ -1,4 +1,4 @@
-"""What a forward pass costs in multiply-accumulates, beside the GFLOPs columns of Tables 1, 2 and 5.
+"""What a forward pass costs in multiply-accumulates, beside the GFLOPs of Tables 1, 2 and 5.
 
     python notebooks/lab/cost.py        prints the table of all models
 """
@@ -13,31 +13,31 @@ import dydilit  # noqa: E402
 from lab import neighbours  # noqa: E402
 
 
-# Every kind of part that a block may have: (the part, configuration, number of tokens) -> {name: (paper's count, honest
-# count)}, MACs per token. See count_macs for the two conventions.
+# Every kind of part that a block may have: (the part, configuration, number of tokens) ->
+# {name: (paper's count, honest count)}, MACs per token. See count_macs for the two conventions.
 
 def softmax_attention(part, cfg, n):
     d = cfg.dim
-    return {"Q, K, V and output projections": (4 * d * d, 4 * d * d), "attention products": (2 * n * d, 2 * n * d)}
+    return {"Q, K, V and output projections": (4 * d * d,) * 2,
+            "attention products": (2 * n * d,) * 2}
 
 
 def mlp(part, cfg, n):
-    return {"feed-forward": (8 * cfg.dim ** 2, 8 * cfg.dim ** 2)}
+    return {"feed-forward": (8 * cfg.dim ** 2,) * 2}
 
 
 def mix_ffn(part, cfg, n):
-    d = cfg.dim
-    return {"feed-forward": (12 * d * d + 72 * d, 12 * d * d + 72 * d)}
+    return {"feed-forward": (12 * cfg.dim ** 2 + 72 * cfg.dim,) * 2}
 
 
 def dydila(part, cfg, n):
     d, differential = cfg.dim, isinstance(part, dydilit.DyDiLA)
-    mass = not differential or getattr(part.differential, "denominator", "none") == "mass"      # see eq8.py
+    mass = not differential or getattr(part.differential, "denominator", "") == "mass"      # eq8.py
     products = 2 * min(n, d // cfg.n_heads) * d * (2 if cfg.differential == "map" else 1)
     routers = 2 * d * cfg.n_projectors * cfg.dynamic_projection
     routers += d * cfg.n_gammas * (4 if differential else 2) * (cfg.kernel == "dynamic")
     routers += 2 * d * cfg.n_lambdas * {"none": 0, "map": 1, "token": 2}[cfg.differential]
-    return {"Q, K, V and output projections": (4 * d * d, 4 * d * d),
+    return {"Q, K, V and output projections": (4 * d * d,) * 2,
             "Q', K' projectors": (0, 2 * d * d * differential), "routers": (0, routers),
             "attention products": (products, products),
             "normalizer": (0 if differential else 2 * d, 2 * d * mass * (1 + differential)),
@@ -45,40 +45,32 @@ def dydila(part, cfg, n):
 
 
 def kv_compressed_attention(part, cfg, n):
-    """PixArt-Sigma: each key is the sum of a square of tokens; the same for the values."""
-    d, keys = cfg.dim, n // part.compress.kernel_size[0] ** 2
-    return {"Q, K, V and output projections": (4 * d * d, 4 * d * d), "key and value compression": (2 * d, 2 * d),
-            "attention products": (2 * keys * d, 2 * keys * d)}
+    d, keys = cfg.dim, n // part.compress.kernel_size[0] ** 2    # each the sum of a square of tokens
+    return {"Q, K, V and output projections": (4 * d * d,) * 2,
+            "key and value compression": (2 * d,) * 2, "attention products": (2 * keys * d,) * 2}
 
 
 def linear_compressed_attention(part, cfg, n):
-    """EDiT: ConvFusion's 3x3 convolution d -> d/2 and 1x1 d/2 -> d, nine weights for each of n / 4 keys and values.
-
-    The products in the order that dydilit.attention_product takes. The normalizer sums n / 4 keys.
-    """
+    """EDiT: ConvFusion is a 3x3 convolution d -> d/2 and 1x1 d/2 -> d, compression nine weights for
+    each of n / 4 keys and values, the products go in the order of dydilit.attention_product."""
     d, keys, width = cfg.dim, n // 4, cfg.dim // cfg.n_heads
     products = 2 * keys * d if keys <= width else 5 * d * width // 4
-    return {"Q, K, V and output projections": (4 * d * d, 4 * d * d), "ConvFusion": (5 * d * d, 5 * d * d),
-            "key and value compression": (9 * d // 2, 9 * d // 2), "attention products": (products, products),
+    return {"Q, K, V and output projections": (4 * d * d,) * 2, "ConvFusion": (5 * d * d,) * 2,
+            "key and value compression": (9 * d // 2,) * 2, "attention products": (products,) * 2,
             "normalizer": (0, 5 * d // 4)}
 
 
 def gated_linear_attention(part, cfg, n, chunk=16):
     """DiG: Q, K at half the width; V, gate and output; the decay's W_1, W_2; and the scan.
 
-    "paper" counts the scan as k^T v and q (k^T v) with one head, see NEIGHBOUR_GFLOPS; "honest" as the chunked form.
-    """
+    "paper" counts the scan as k^T v and q (k^T v) with one head, "honest" as the chunked form."""
     d = cfg.dim
-    return {"Q, K, V, gate and output projections": (4 * d * d, 4 * d * d), "decay": (24 * d, 24 * d),
+    return {"Q, K, V, gate and output projections": (4 * d * d,) * 2, "decay": (24 * d,) * 2,
             "attention products": (d * d, chunk * (d // 2 + d) + d * d // cfg.n_heads)}
 
 
-def local_conv(part, cfg, n):
-    return {"DWC": (9 * cfg.dim, 9 * cfg.dim)}
-
-
 def swiglu(part, cfg, n):
-    """DiG's: "paper" leaves the last of its three products out, see NEIGHBOUR_GFLOPS."""
+    """DiG's. "paper" leaves the last of its three products out, see NEIGHBOUR_GFLOPS."""
     hidden = neighbours.swiglu_width(cfg.dim)
     return {"feed-forward": (2 * hidden * cfg.dim, 3 * hidden * cfg.dim)}
 
@@ -86,23 +78,24 @@ def swiglu(part, cfg, n):
 def mixture_of_head_attention(part, cfg, n):
     """MoH-DiT: every head is computed, whether on or not."""
     routers = (cfg.n_heads + 2 * (part.shared < cfg.n_heads)) * cfg.dim
-    return {**softmax_attention(part, cfg, n), "routers": (routers, routers)}
+    return {**softmax_attention(part, cfg, n), "routers": (routers,) * 2}
 
 
 def few_head_linear_attention(part, cfg, n):
     """LiT: the width of a head decides the cost."""
     d = cfg.dim
     products = 2 * min(n, d // neighbours.lit_heads(d)) * d
-    return {"Q, K, V and output projections": (4 * d * d, 4 * d * d), "attention products": (products, products),
-            "normalizer": (2 * d, 2 * d), "DWC": (25 * d, 25 * d)}
+    return {"Q, K, V and output projections": (4 * d * d,) * 2,
+            "attention products": (products,) * 2, "normalizer": (2 * d,) * 2, "DWC": (25 * d,) * 2}
 
 
-PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dydilit.LinearAttention: dydila,
-         dydilit.Mlp: mlp, dydilit.MixFFN: mix_ffn,
+PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila,
+         dydilit.LinearAttention: dydila, dydilit.Mlp: mlp, dydilit.MixFFN: mix_ffn,
          neighbours.KVCompressedAttention: kv_compressed_attention,
          neighbours.LinearCompressedAttention: linear_compressed_attention,
          neighbours.GatedLinearAttention: gated_linear_attention, neighbours.SwiGLU: swiglu,
-         neighbours.LocalConv: local_conv, torch.nn.Identity: lambda part, cfg, n: {},
+         neighbours.LocalConv: lambda part, cfg, n: {"DWC": (9 * cfg.dim,) * 2},
+         torch.nn.Identity: lambda part, cfg, n: {},
          neighbours.MixtureOfHeadAttention: mixture_of_head_attention,
          neighbours.FewHeadLinearAttention: few_head_linear_attention}
 
@@ -110,17 +103,15 @@ PARTS = {dydilit.SoftmaxAttention: softmax_attention, dydilit.DyDiLA: dydila, dy
 def count_macs(model, image_size=None):
     """Multiply-accumulates of one forward pass on one image, by part, in two conventions.
 
-    "paper" is what the GFLOPs columns of Tables 1, 2 and 5 hold (they are MACs / 1e9): it leaves out the projectors of
-    Q', K' and every router, and counts DWC as three branches. "honest" counts what runs here: those too, DWC as the
-    one convolution it is, and the normalizer wherever there is one. Element-wise work is in neither.
+    "paper" is what the GFLOPs columns hold (they are MACs / 1e9). It leaves out the projectors of
+    Q', K' and every router, and counts DWC as three branches. "honest" counts what runs: those too,
+    DWC as one convolution, and the normalizer where there is one. Element-wise work is in neither.
 
-    image_size: side in pixels, the model's own by default. Returns {"paper": {part: MACs}, "honest": {...}}.
-    """
+    image_size: side in pixels. Returns {"paper": {part: MACs}, "honest": {...}}."""
     cfg = dataclasses.replace(model.cfg, image_size=image_size or model.cfg.image_size)
-    n, d, p, c = (cfg.input_size // cfg.patch_size) ** 2, cfg.dim, cfg.patch_size, cfg.in_channels
-    shell = {"patch embedding and final linear": n * 3 * p * p * c * d + 2 * d * d,
-             "timestep MLP": 256 * d + d * d,
-             "AdaLN": len(model.blocks) * 6 * d * d}
+    n, d, p = (cfg.input_size // cfg.patch_size) ** 2, cfg.dim, cfg.patch_size
+    shell = {"patch embedding and final linear": n * 3 * p * p * cfg.in_channels * d + 2 * d * d,
+             "timestep MLP": 256 * d + d * d, "AdaLN": len(model.blocks) * 6 * d * d}
     counts = {"paper": dict(shell), "honest": dict(shell)}
     for block in model.blocks:
         for part in (block.attn, block.mlp, block.after):
@@ -130,7 +121,7 @@ def count_macs(model, image_size=None):
     return counts
 
 
-# (model, overrides, GFLOPs that the paper prints: Tables 1, 2 and 5)
+# (model, overrides, GFLOPs that the paper prints)
 PAPER_GFLOPS = [
     ("DiT-S/2", {}, 6.06), ("Sana-S/2", {}, 5.97), ("DyDi-LiT-S/2", {}, 5.98),
     ("DyDi-LiT-S/2", dict(differential="map"), 6.45),
@@ -140,28 +131,18 @@ PAPER_GFLOPS = [
     ("DyDi-LiT-L/2", dict(image_size=512), 98.55), ("DyDi-LiT-XS/4", {}, None),
 ]
 
-# The paper's neighbours (system, size, overrides, GFLOPs that the paper prints). It says only that "the number of
-# blocks" was adjusted, so the depths are read off its figures.
-#
-# PixArt-Sigma: 12 blocks of DiT, the last 6 with a sixteenth of the keys (a quarter would make 99.14 in the last column).
-#
-# EDiT: 9 blocks of 17 d^2 per token: 4 for Q, K, V and output, 8 for DiT's MLP, and 5 for ConvFusion at half the width
-# (3x3 d -> d/2 is 4.5, 1x1 d/2 -> d is 0.5). The products are those of (q k^T) v with N / 4 keys at both lengths. That is
-# the cheaper order of one head; with more heads and the other order, the last column would be less.
-#
-# DiG: 15, 14 and 15 blocks. SwiGLU's width is a multiple of 256, 8/3 d for S and L but 3 d for B, which is therefore
-# one block shorter. Its last product is inside a fused function of the released code (swiglu_linear), which a counter
-# of layers does not see: two products remain. Q, K at half width, V, gate and output make 4 d^2, the decay 24 d, the
-# convolution 9 d. One d^2 is left, and two readings give it: the scan as k^T v and q (k^T v) with one head, as the paper
-# counts Sana's; or values of twice the width without a gate. The first is taken here; the numbers are the same. It
-# leaves 0.06 % at most. (Q and K at full width make d^2 as well, but 32 d for the decay, and leave 0.17 %.) What else
-# was tried, 2 to 8 d^2 besides one, two or three products of SwiGLU or DiT's MLP, leaves 0.38 % or more. The released
-# parts counted whole but for the scan fit S and L to 0.5 % with 13 blocks; B is 1.1 % off with 12.
-#
-# In the last column 4 to 5 d per token and block are missing in all these rows, as in DiT's: two LayerNorms would make
-# 4 d at two operations an entry.
+# The paper's neighbours (system, size, overrides, GFLOPs that the paper prints). It says only that
+# "the number of blocks" was adjusted, so the depths are read off its figures; lesson 12 shows how.
+# PixArt-Sigma: 12 blocks of DiT, the last 6 with a sixteenth of the keys.
+# EDiT: 9 blocks of 17 d^2 per token, 4 for Q, K, V and output, 8 for DiT's MLP, 5 for ConvFusion at
+# half the width. The products are those of (q k^T) v with N / 4 keys at both lengths.
+# DiG: 15, 14 and 15 blocks. SwiGLU's width is a multiple of 256, which makes B one block shorter.
+# Its last product is inside a fused function of the released code, which a counter of layers does
+# not see. One d^2 is left: the scan as k^T v and q (k^T v), or values of twice the width without a
+# gate. The first is taken here; the numbers are the same.
 NEIGHBOUR_GFLOPS = [
-    ("pixart", "S", dict(depth=12, n_heads=6), 5.78), ("pixart", "B", dict(depth=12, n_heads=8), 10.13),
+    ("pixart", "S", dict(depth=12, n_heads=6), 5.78),
+    ("pixart", "B", dict(depth=12, n_heads=8), 10.13),
     ("pixart", "L", dict(depth=12, n_heads=12), 22.45),
     ("pixart", "L", dict(depth=12, n_heads=12, image_size=512), 97.38),
     ("edit", "S", {}, 5.91), ("edit", "B", {}, 10.45),
@@ -171,13 +152,14 @@ NEIGHBOUR_GFLOPS = [
     ("dig", "L", dict(depth=15, n_heads=12, image_size=512), 94.15),
 ]
 
-# The eight systems of Tables 1 to 3 at size S, as the tables have them: {name: (model, overrides)}. No GFLOPs are printed
-# for the last two; they get DiT's depth.
-SYSTEMS = {"DiT": ("DiT-S/2", {}), "Sana": ("Sana-S/2", {}), "DyDi-LiT": ("DyDi-LiT-S/2", {}),
-           **{label: ("DyDi-LiT-S/2", dict(parts=neighbours.NEIGHBOURS[name], **overrides)) for label, name, overrides in [
-               ("PixArt-Sigma", "pixart", dict(depth=12, n_heads=6)), ("EDiT", "edit", {}),
-               ("DiG", "dig", dict(depth=15, n_heads=6)), ("MoH-DiT", "moh", dict(depth=12, n_heads=6)),
-               ("LiT", "lit", dict(depth=12))]}}
+# The eight systems of Tables 1 to 3 at size S: {name: (model, overrides)}. The last two have no
+# printed GFLOPs and get DiT's depth.
+SYSTEMS = {"DiT": ("DiT-S/2", {}), "Sana": ("Sana-S/2", {}), "DyDi-LiT": ("DyDi-LiT-S/2", {})}
+for label, system, fields in [
+        ("PixArt-Sigma", "pixart", dict(depth=12, n_heads=6)), ("EDiT", "edit", {}),
+        ("DiG", "dig", dict(depth=15, n_heads=6)), ("MoH-DiT", "moh", dict(depth=12, n_heads=6)),
+        ("LiT", "lit", dict(depth=12))]:
+    SYSTEMS[label] = ("DyDi-LiT-S/2", dict(parts=neighbours.NEIGHBOURS[system], **fields))
 
 
 def build(system, **overrides):
@@ -188,19 +170,20 @@ def build(system, **overrides):
 
 def main():
     """Prints every model's parameters and cost beside the paper's figures."""
-    print("model             image  parameters  GFLOPs: paper   here, paper's count   here, honest count")
-    rows = [(name + (" map-wise" if "differential" in overrides else ""), name, overrides, printed)
+    print("model                  image  parameters  GFLOPs: paper  paper's count  honest count")
+    rows = [(name + " map-wise" * ("differential" in overrides), name, overrides, printed)
             for name, overrides, printed in PAPER_GFLOPS]
-    rows += [(f"{system}-{size}/2", f"DyDi-LiT-{size}/2", dict(parts=neighbours.NEIGHBOURS[system], **overrides), printed)
-             for system, size, overrides, printed in NEIGHBOUR_GFLOPS]
+    for system, size, overrides, printed in NEIGHBOUR_GFLOPS:
+        overrides = dict(parts=neighbours.NEIGHBOURS[system], **overrides)
+        rows.append((f"{system}-{size}/2", f"DyDi-LiT-{size}/2", overrides, printed))
     rows += [(f"{system}-S/2", *SYSTEMS[system], None) for system in ("MoH-DiT", "LiT")]
     for label, name, overrides, printed in rows:
         with torch.device("meta"):
             model = dydilit.build_model(name, **overrides)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         paper, honest = (sum(parts.values()) / 1e9 for parts in count_macs(model).values())
-        print(f"{label:22} {model.cfg.image_size:4} {parameters / 1e6:8.2f} M {f'{printed:.2f}' if printed else '-':>14} "
-              f"{paper:20.3f} {honest:20.3f}")
+        print(f"{label:22} {model.cfg.image_size:5} {millions:9.2f} M {printed or '-':>14} "
+              f"{paper:14.3f} {honest:13.3f}")
 
 
 if __name__ == "__main__":

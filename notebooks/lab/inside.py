@@ -1,5 +1,4 @@
-"""Lesson 8's pictures of a trained model: routes, maps from part to part, banks, and what the loss costs without a part."""
-
+"""Lesson 8's pictures of a trained model: routes, maps, banks, and the loss without a part."""
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -8,15 +7,14 @@ from matplotlib.ticker import PercentFormatter
 
 from lab.figures import BLACK, BLUE, ORANGE, array, box, clear, level, show_picture
 
-WORDS = ["projector 1", "projector 2", "projector 3"]
-CHOICES = [BLUE, ORANGE, "#F0E442"]         # dark, middle and light, so that they differ in grey, too
+CHOICES = [BLUE, ORANGE, "#F0E442"]         # dark, middle and light, to differ in grey, too
 LEAST = 0.05                                # per cent, where the axis of a growth begins
 
 
-def key(fig, words=WORDS):
-    """The colours of a bank's members, over a figure."""
-    fig.legend(handles=[Patch(facecolor=colour, label=word) for colour, word in zip(CHOICES, words)],
-               loc="outside upper center", ncols=len(words), fontsize=14, frameon=False)
+def key(fig):
+    """The colours of a bank's three projectors, over a figure."""
+    handles = [Patch(facecolor=c, label=f"projector {i}") for i, c in enumerate(CHOICES, 1)]
+    fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=14, frameon=False)
 
 
 def grid_of(names, columns=4, **size):
@@ -28,8 +26,9 @@ def grid_of(names, columns=4, **size):
 
 
 def show_loads(loads, groups):
-    """For each router the shares of the choices in every group, as bars. loads: {router: (groups, choices)}."""
-    fig, axes = grid_of(loads, len(loads), figsize=(5.2 * len(loads), 4.8), sharex=True, sharey=True)
+    """For each router the shares of its choices in every group. loads: {router: (groups, 3)}."""
+    size = (5.2 * len(loads), 4.8)
+    fig, axes = grid_of(loads, len(loads), figsize=size, sharex=True, sharey=True)
     for ax, shares in zip(axes.flat, loads.values()):
         left = np.zeros(len(groups))
         for choice, colour in zip(array(shares).T, CHOICES):
@@ -60,33 +59,36 @@ def show_shares(x, shares, xlabel):
 def show_route_maps(pictures, routes):
     """Pictures in the first row, below them what each router chose there.
 
-    pictures: (P, 3, S, S) in [-1, 1]; routes: {router: (P, side^2) int}.
-    """
+    pictures: (P, 3, S, S) in [-1, 1]; routes: {router: (P, side^2) int}."""
     side = int(next(iter(routes.values())).shape[1] ** 0.5)
-    fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=(1.6 * len(pictures) + 1.6, 1.7 * len(routes) + 2.2))
-    axes[0, 0].set_ylabel("picture", rotation=0, ha="right", va="center", fontsize=15)
+    size = (1.6 * len(pictures) + 1.6, 1.7 * len(routes) + 2.2)
+    fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=size)
+    for row, name in zip(axes, ["picture", *routes]):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=15)
     for ax, picture in zip(axes[0], pictures):
         show_picture(ax, picture, side)
-    for row, (name, index) in zip(axes[1:], routes.items()):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=15)
+    for row, index in zip(axes[1:], routes.values()):
         for ax, image in zip(row, index):
-            ax.imshow(array(image).reshape(side, side), cmap=ListedColormap(CHOICES), vmin=-0.5, vmax=2.5, interpolation="nearest")
+            ax.imshow(array(image).reshape(side, side), cmap=ListedColormap(CHOICES), vmin=-0.5,
+                      vmax=2.5, interpolation="nearest")
             clear(ax)
     key(fig)
     plt.show()
 
 
 def show_chance(measured, shuffled):
-    """A dot for each measured number, and from the least to the largest of its shuffled ones a grey bar.
+    """A dot for each measured number, and a bar from the least to the largest shuffled one.
 
-    measured: {name: number}; shuffled: {name: numbers}.
-    """
+    measured: {name: number}; shuffled: {name: numbers}."""
     fig, ax = plt.subplots(figsize=(8, 4.8))
     for i, (name, value) in enumerate(measured.items()):
-        low, high = min(shuffled[name]), max(shuffled[name])
-        ax.barh(i, high - low, left=low, height=0.55, color=BLUE, label=f"{len(shuffled[name])} shuffles" if i == 0 else None)
-        ax.plot(value, i, "o", color=ORANGE, markersize=12, markeredgecolor="white", label="the classes" if i == 0 else None)
-    ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlabel="tokens that would have to change their projector", xlim=(0, None))
+        low, high, n = min(shuffled[name]), max(shuffled[name]), len(shuffled[name])
+        ax.barh(i, high - low, left=low, height=0.55, color=BLUE,
+                label=None if i else f"{n} shuffles")
+        ax.plot(value, i, "o", color=ORANGE, markersize=12, markeredgecolor="white",
+                label=None if i else "the classes")
+    ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlim=(0, None),
+           xlabel="tokens that would have to change their projector")
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.invert_yaxis()
     fig.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -94,18 +96,17 @@ def show_chance(measured, shuffled):
 
 
 def show_stages(picture, rows, titles, query):
-    """The picture, a query's row of each map on one scale, and the last row minus the one before on its own scale.
+    """The picture, a query's row of each map on one scale, and the last row minus the one before.
 
-    picture: (3, S, S); rows: list of (N,), in multiples of the even weight; query: number of the token.
-    """
+    picture: (3, S, S); rows: list of (N,), in multiples of the even weight; query: the token."""
     side = int(len(rows[0]) ** 0.5)
     maps = [array(row).reshape(side, side) for row in rows]
     change = maps[-1] - maps[-2]
-    top, most = max(m.max() for m in maps), abs(change).max()
+    low, top, most = min(0, np.min(maps)), np.max(maps), abs(change).max()
     fig, axes = plt.subplots(1, len(rows) + 2, figsize=(2.75 * (len(rows) + 2), 3.4))
     show_picture(axes[0], picture, side)
     for ax, m in zip(axes[1:-1], maps):
-        image = ax.imshow(m, vmin=min(0, min(m.min() for m in maps)), vmax=top, interpolation="nearest")
+        image = ax.imshow(m, vmin=low, vmax=top, interpolation="nearest")
     fig.colorbar(image, ax=list(axes[1:-1]), shrink=0.8, pad=0.01)
     image = axes[-1].imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
     fig.colorbar(image, ax=axes[-1], shrink=0.8, pad=0.02)
@@ -117,8 +118,10 @@ def show_stages(picture, rows, titles, query):
 
 
 def show_banks(banks, starts):
-    """Every member of every block's bank as a dot, and where all of them started. banks: {name: list of (members,)}; starts: {name: number}."""
-    fig, axes = plt.subplots(1, len(banks), figsize=(11, 4.2))
+    """Every member of every block's bank as a dot, and where all of them started.
+
+    banks: {name: list of (members,)}; starts: {name: number}."""
+    _, axes = plt.subplots(1, len(banks), figsize=(11, 4.2))
     for ax, (name, blocks) in zip(axes, banks.items()):
         for b, members in enumerate(blocks, 1):
             place = b + np.linspace(-0.25, 0.25, len(members))
@@ -129,33 +132,37 @@ def show_banks(banks, starts):
 
 
 def show_spread(groups, ylabel, xlabels):
-    """Median and middle 80 % of many numbers in each of some places, for two groups. groups: {name: list of tensors, one for each place}."""
+    """Median and middle 80 % of many numbers in each of some places.
+
+    groups: {name: list of tensors, one for each place}, two of them."""
     _, ax = plt.subplots()
     for i, (name, places) in enumerate(groups.items()):
-        low, middle, high = np.array([np.quantile(array(values), [0.1, 0.5, 0.9]) for values in places]).T
-        x = np.arange(len(places)) + 0.16 * (i - (len(groups) - 1) / 2)
-        ax.errorbar(x, middle, [middle - low, high - middle], fmt="osD^v"[i], color=(BLUE, ORANGE)[i], label=name, capsize=5, linewidth=2.2, markersize=9)
+        low, middle, high = np.quantile([array(p).ravel() for p in places], [0.1, 0.5, 0.9], axis=1)
+        x = np.arange(len(places)) + 0.16 * (i - 0.5)
+        ax.errorbar(x, middle, [middle - low, high - middle], fmt="os"[i], label=name, capsize=5,
+                    color=(BLUE, ORANGE)[i])
     ax.set(xticks=range(len(xlabels)), xticklabels=xlabels, ylabel=ylabel, ylim=(0, None))
     ax.legend()
     plt.show()
 
 
 def show_growth(growth, xlabel, ways=("",)):
-    """Percentages of very different sizes on a logarithmic axis, filled where the loss grows, open where it falls.
+    """Percentages of very different sizes on a logarithmic axis, open where the loss falls.
 
-    growth: {row: a pair of (percent, two standard errors) for each of the ways}.
-    """
+    growth: {row: a pair of (percent, two standard errors) for each of the ways}."""
     fig, ax = plt.subplots(figsize=(11, 1.3 + len(growth) * (0.3 + 0.3 * len(ways))))
     for w, (way, colour, marker) in enumerate(zip(ways, (BLUE, ORANGE, BLACK), "osD")):
         for i, pairs in enumerate(growth.values()):
             (value, error), y = pairs[w], i + 0.75 / len(ways) * (w - (len(ways) - 1) / 2)
-            size = max(abs(value), LEAST)
-            ax.plot([max(size - error, LEAST), size + error], [y, y], color=colour, linestyle="-", linewidth=2.5)
-            ax.plot(size, y, marker, color=colour, markersize=10, markerfacecolor=colour if value > 0 else "white", markeredgewidth=2,
-                    label=way if i == 0 else None)
-            ax.annotate(f"{float(f'{value:.2g}'):+,g} %", (size + error, y), (10, 0), textcoords="offset points", va="center", fontsize=13)
+            size, face = max(abs(value), LEAST), colour if value > 0 else "white"
+            ax.plot([max(size - error, LEAST), size + error], [y, y], color=colour, linestyle="-")
+            ax.plot(size, y, marker, color=colour, markersize=10, markerfacecolor=face,
+                    markeredgewidth=2, label=None if i else way)
+            ax.annotate(f"{float(f'{value:.2g}'):+,g} %", (size + error, y), (10, 0), va="center",
+                        textcoords="offset points", fontsize=13)
     ticks = [0.1, 1, 10, 100, 1000, 10000]
-    ax.set(xscale="log", xlim=(LEAST, 60000), yticks=range(len(growth)), yticklabels=list(growth), xlabel=xlabel)
+    ax.set(xscale="log", xlim=(LEAST, 60000), xlabel=xlabel)
+    ax.set_yticks(range(len(growth)), list(growth))
     ax.set_xticks(ticks, [f"{tick:,g} %" for tick in ticks])
     ax.set_xticks([], minor=True)
     ax.invert_yaxis()
@@ -164,40 +171,24 @@ def show_growth(growth, xlabel, ways=("",)):
     plt.show()
 
 
-def longest_runs(rows, forms, lr="0.004"):
-    """Of each data set the longest runs that were finished with all of {title: form}, by the seeds that all have.
-
-    rows: of eq8.py. Returns {title: rows}."""
-    rows = [row for row in rows if row["lr"] == lr]
-    finished = {(row["data"], int(row["steps"]), row["form"], row["seed"]) for row in rows if row["step"] == row["steps"]}
-    common = {(data, steps, seed) for data, steps, _, seed in finished
-              if all((data, steps, form, seed) in finished for form in forms.values())}
-    longest = {data: max(steps for d, steps, _ in common if d == data) for data, _, _ in common}
-    return {title: [row for row in rows if row["form"] == form and int(row["steps"]) == longest.get(row["data"])
-                    and (row["data"], int(row["steps"]), row["seed"]) in common] for title, form in forms.items()}
-
-
 def show_fading(runs):
-    """The attention's output beside V over the training. Thin: a block of a run; thick: the geometric mean of a data set.
+    """The attention's output beside V while training. Thin: a block; thick: the geometric mean.
 
-    runs: {title: rows of eq8.py}.
-    """
-    fig, axes = plt.subplots(1, len(runs), figsize=(11.5, 4.8), sharey=True)
-    for ax, (title, rows) in zip(axes, runs.items()):
-        for (data, word), colour, line in zip({"shapes": "shapes", "cifar10": "clothes"}.items(), (BLUE, ORANGE), ("-", "--")):
-            mine = [row for row in rows if row["data"] == data]
-            steps = sorted({int(row["step"]) for row in mine})
-            sizes = np.array([[[float(row[f"size_{b}"]) for b in range(1, 5)] for row in mine if int(row["step"]) == step]
-                              for step in steps]).reshape(len(steps), -1)           # (steps, runs x blocks)
+    runs: {title: {data set: (steps, sizes (steps, blocks))}}."""
+    _, axes = plt.subplots(1, len(runs), figsize=(11.5, 4.8), sharey=True)
+    for ax, (title, sets) in zip(axes, runs.items()):
+        for (word, (steps, sizes)), colour, line in zip(sets.items(), (BLUE, ORANGE), ("-", "--")):
             ax.plot(steps, sizes, color=colour, linestyle=line, linewidth=1, alpha=0.45)
-            ax.plot(steps, np.exp(np.log(sizes).mean(axis=1)), color=colour, linestyle=line, linewidth=4, label=word if ax is axes[0] else None)
+            mean = np.exp(np.log(sizes).mean(axis=1))
+            ax.plot(steps, mean, color=colour, linestyle=line, linewidth=4, label=word)
         level(ax, "as long\nas V" if ax is axes[-1] else "", 1, end=1.01)
         ax.set(title=title, yscale="log", xlabel="training step")
         ax.set_xscale("symlog", linthresh=50, linscale=0.4)
         ax.set_xlim(left=-10)
         ax.set_xticks([0, 50, 200, 1000, 4000], ["0", "50", "200", "1,000", "4,000"])
         ax.set_xticks([], minor=True)
+    ticks = [0.0001, 0.001, 0.01, 0.1, 1, 10, 100]
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel("length of the output beside V")
-    axes[0].set_yticks([0.0001, 0.001, 0.01, 0.1, 1, 10, 100], ["0.0001", "0.001", "0.01", "0.1", "1", "10", "100"])
-    fig.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes[0].legend()
     plt.show()
