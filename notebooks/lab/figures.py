@@ -28,7 +28,7 @@ LABELS = {"convolution": "whole module"}    # the word in pictures, where it is 
 # The arms of recall.py: those with a part of the module have its colour.
 LOOKS |= {"no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
           "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, (0, (3, 1)), "P"),
-          "signed": (BLACK, (0, (8, 3)), "*"), "random routes": (PINK, ":", "^")}
+          "signed": (BLACK, (0, (8, 3)), "*"), "adding": (GREEN, "-.", "D"), "random routes": (PINK, ":", "^")}
 # So has in lesson 3 a way to give a router its gradient. What does not learn is grey.
 LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
           "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
@@ -660,4 +660,32 @@ def show_percentages(table, rows, columns, xlabel, title=None, cmap="RdYlBu", li
     ax.set_yticks(range(len(rows)), rows)
     ax.set_xlabel(xlabel)
     ax.set_title(title, fontsize=15)
+    plt.show()
+
+
+# ---- Signed maps (lessons 4 and 5) ----------------------------------------------------------------
+
+def show_signed(rows, ex=None, top=6):
+    """The photograph, and beside it rows of weights that may be negative, as maps on one scale.
+
+    rows: {title: (256,)}. Each is divided by the sum of its weights above zero."""
+    ex = ex or example()
+    fig, axes = plt.subplots(1, len(rows) + 1, figsize=(2.3 * len(rows) + 3.4, 3.8))
+    show_example(axes[0], ex)
+    under(axes[0], ["above zero, face's share", "above zero, sky's share", "below zero / above zero"])
+    for ax, (title, row) in zip(axes[1:], rows.items()):
+        image = ax.imshow(array(row).reshape(SIDE, SIDE) * SIDE ** 2 / array(row).clip(0).sum(),
+                          cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+        clear(ax)
+        ax.spines[:].set(visible=True, linewidth=0.8, color=GREY)
+        for mask in (ex.face, ex.sky):
+            outline(ax, mask, "white")
+        box(ax, divmod(ex.query, SIDE))
+        ax.set_title(LABELS.get(title, title), fontsize=14, fontweight="bold",
+                     color=LOOKS[title][0] if title in LOOKS else BLACK)
+        found = shares(row, ex)
+        under(ax, [f"{found.face:.0%}", f"{found.sky:.1%}",
+                   f"{found.negative / (1 - found.negative):.2f}"])
+    bar = fig.colorbar(image, ax=axes, shrink=0.8, aspect=14, pad=0.01, extend="both")
+    bar.set_label("weight × N", fontsize=13)
     plt.show()
