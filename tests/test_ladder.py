@@ -105,7 +105,7 @@ def test_the_ladder_stops_goes_on_and_repeats_itself(tmp_path):
     says = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert says.endswith("ladder.py: stopped; the same command goes on from here\n")
-    with train.claimed(started[0].parent):                  # what it had called has ended, too
+    with ladder.claimed(started[0].parent):                  # what it had called has ended, too
         pass
 
     def climb():

@@ -122,7 +122,7 @@ def test_neither_stops_nor_the_batch_size_change_latents(cli, vae, tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         tool(encode, *ENCODE, 3, "--out", "stopped")
     assert stop.value.code == 130
-    with pytest.raises(SystemExit, match="only 6 of 10 images are encoded; run the encode command"):
+    with pytest.raises(SystemExit, match="only 6 images are encoded; run encode.py again"):
         cli("--data", "stopped", *TINY)
     tool(encode, *ENCODE, 1, "--out", "stopped")
     assert len(calls) == 7                                  # four images were left
@@ -169,7 +169,7 @@ BAD = {
     "reference --data pets --num 99 --out r.npz": "--num 99: the data has 16 images",
     "reference --data pets --classes 3 --out r.npz": "--classes 3: pets has 2",
     "reference --data shapes --classes 3 --out r.npz": "--classes 3: only of a folder",
-    "reference --data pets --out pets/cat/0.png/r.npz": "pets/cat/0.png/r.npz: .*Not a directory",
+    "reference --data pets --out pets/cat/0.png/r.npz": "pets/cat/0.png/r.npz: .*File exists",
     "--data pets --out half": "half/latents.json: .*; choose another --out",
     "--data pets --out mine": "mine: not empty; choose another --out",
     "--data pets --out pets/cat/0.png": "File exists: 'pets/cat/0.png'",

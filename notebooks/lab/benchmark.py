@@ -216,7 +216,6 @@ if __name__ == "__main__":
                 memory=memory, neighbours=neighbours)
     if unknown := set(sys.argv[1:]) - set(rows):
         sys.exit(f"benchmark.py: {', '.join(sorted(unknown))}: choose from {', '.join(rows)}")
-    train.keep_freed_memory()
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}")
     row("figure", "here", "floor", "goal")

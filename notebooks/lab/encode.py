@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import train  # noqa: E402
-from train import Problem, class_folders, image_folder, read_images  # noqa: E402
+from train import Problem, image_folder, read_images  # noqa: E402
 
 
 def pick_classes(root, count=None, seed=0):
     """The class folders of a folder, or so many random ones of them."""
-    names = [name for name in class_folders(root)
-             if not pathlib.Path(root, name, "latents.json").exists()]      # of an earlier command
+    names = sorted(path.name for path in pathlib.Path(root).glob("[!.]*") if path.is_dir()
+                   and not (path / "latents.json").exists())                # of an earlier command
     if count is None:
         return names
     if count > len(names):
@@ -64,7 +64,7 @@ def encode(args):
     """Latents of every image and of its mirror image, float16 and scaled, one sample of each."""
     out, device = pathlib.Path(args.out), train.pick_device()
     names = pick_classes(args.data, args.classes, args.seed)
-    paths, labels = image_folder(args.data, names)
+    paths, labels, names = image_folder(args.data, names)
     files = "\n".join(str(path.relative_to(args.data)) for path in paths)
     about = dict(files_sha256=hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
                  total=len(paths), names=names, seed=args.seed, image_size=args.image_size,
@@ -74,33 +74,33 @@ def encode(args):
         with train.replacing(out / "latents.json", "w") as file:
             json.dump(dict(about, done=done), file, indent=1)
 
-    with train.claimed(out):
-        done = encoded_so_far(out, about)
-        vae = train.load_vae(args.vae, device)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if args.image_size % factor:
-            raise Problem(f"--image-size: not a multiple of the VAE's factor, {factor}")
-        shape = (2, vae.config.latent_channels, *2 * [args.image_size // factor])
-        if done == 0:
-            note(0)                     # from here on the folder is this encoding's
-            with train.replacing(out / "labels.npy") as file:
-                np.save(file, labels)
-            reserve(out / "latents.npy", (len(paths), *shape))
-        store = np.load(out / "latents.npy", mmap_mode="r+")
-        random = torch.Generator()
-        for start in tqdm(range(done, len(paths), args.batch_size), "encoding", unit="batch"):
-            some = range(start, min(start + args.batch_size, len(paths)))
-            chunk = read_images([paths[i] for i in some], args.image_size, disable=True)
-            x = train.pixels(chunk).to(device)
-            noise = torch.stack([       # an image's own, whatever the size of its batch
-                torch.randn(shape, generator=random.manual_seed(args.seed * 2**32 + i))
-                for i in some]).to(device)
-            for view, image in enumerate((x, x.flip(3))):
-                z = vae.encode(image).latent_dist
-                z = (z.mean + z.std * noise[:, view]) * vae.config.scaling_factor
-                store[start:some.stop, view] = z.half().cpu().numpy()
-            store.flush()
-            note(some.stop)
+    out.mkdir(parents=True, exist_ok=True)
+    done = encoded_so_far(out, about)
+    vae = train.load_vae(args.vae, device)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.image_size % factor:
+        raise Problem(f"--image-size: not a multiple of the VAE's factor, {factor}")
+    shape = (2, vae.config.latent_channels, *2 * [args.image_size // factor])
+    if done == 0:
+        note(0)                     # from here on the folder is this encoding's
+        with train.replacing(out / "labels.npy") as file:
+            np.save(file, labels)
+        reserve(out / "latents.npy", (len(paths), *shape))
+    store = np.load(out / "latents.npy", mmap_mode="r+")
+    random = torch.Generator()
+    for start in tqdm(range(done, len(paths), args.batch_size), "encoding", unit="batch"):
+        some = range(start, min(start + args.batch_size, len(paths)))
+        chunk = read_images([paths[i] for i in some], args.image_size, disable=True)
+        x = train.pixels(chunk).to(device)
+        noise = torch.stack([       # an image's own, whatever the size of its batch
+            torch.randn(shape, generator=random.manual_seed(args.seed * 2**32 + i))
+            for i in some]).to(device)
+        for view, image in enumerate((x, x.flip(3))):
+            z = vae.encode(image).latent_dist
+            z = (z.mean + z.std * noise[:, view]) * vae.config.scaling_factor
+            store[start:some.stop, view] = z.half().cpu().numpy()
+        store.flush()
+        note(some.stop)
     print(f"{out}: {len(paths)} images of {len(names)} classes, encoded")
 
 
@@ -111,7 +111,7 @@ def main(argv=None):
     add("--out", required=True, help="the folder to write")
     add("--classes", type=train.positive, help="how many classes to pick at random; default: all")
     add("--image-size", type=train.positive, default=256, help="in pixels; default: %(default)s")
-    add("--seed", type=train.number(int, 0, 2**31), default=0, help="of everything random")
+    add("--seed", type=int, default=0, help="of everything random")
     add("--vae", default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: hub name or folder")
     add("--batch-size", type=train.positive, default=16, help="images per pass of the VAE")
     encode(parser.parse_args(argv))

@@ -238,13 +238,12 @@ def train_one(args, data, form, lr, seed, steps):
             self.watch()
             super().train_step()
 
-        def grid(self, path):               # after the last step, too
+        def grid(self, name):               # after the last step, too
             self.watch()
 
         def watch(self):
             if self.step in WATCHED and not is_watched(self.step):
-                largest = max((float(row["grad_norm"]) for row in self.log), default=0)
-                line = dict(key, commit=commit(), step=self.step, largest_gradient_norm=largest)
+                line = dict(key, commit=commit(), step=self.step)
                 add_lines(table, [line | use(self.model.eval(), held_out)])
 
     if is_watched(steps):

@@ -290,6 +290,16 @@ def climb(args):
         raise train.Problem(f"{failed} runs failed; mend what they say and repeat the command")
 
 
+@contextlib.contextmanager
+def claimed(folder):
+    """Keeps a folder to this process until the block ends, or the process, even by kill -9."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        with train.blaming(folder, "another process is at work in it", BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -298,7 +308,7 @@ def main():
     add("--model", default=train.SMALL_MODEL, help="the full method; default: %(default)s")
     add("--variants", nargs="+", help="NAME or NAME:FIELD=VALUE,...; default: the first ten")
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
-    add("--first-seed", type=train.number(int, 0, 2 ** 31), default=0, help="default: %(default)s")
+    add("--first-seed", type=int, default=0, help="default: %(default)s")
     add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
     add("--samples", type=train.positive, default=500, help="per run; default: %(default)s")
     add("--sampling-steps", type=train.positive, default=20, help="of DDIM; default: %(default)s")
@@ -307,8 +317,7 @@ def main():
         default=1 if torch.cuda.is_available() else os.cpu_count())
     add("--out", default="runs/ladder", help="folder; default: %(default)s")
     args = parser.parse_args()
-    train.keep_freed_memory()
-    with train.claimed(pathlib.Path(args.out)):
+    with claimed(pathlib.Path(args.out)):
         climb(args)
 
 

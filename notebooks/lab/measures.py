@@ -277,7 +277,7 @@ def reference(argv):
     add("--classes", type=train.positive, help="so many random classes, as of encode.py")
     add("--image-size", type=train.positive, help="side of a folder's images, cropped; default: 32")
     add("--num", type=train.positive, help="how many images, drawn at random; default: all")
-    add("--seed", type=train.number(int, 0, 2**31), default=0, help="of everything random")
+    add("--seed", type=int, default=0, help="of everything random")
     add("--out", required=True, help="the .npz to write")
     args = parser.parse_args(argv)
     built_in = args.data in ("shapes", "cifar10")
@@ -289,7 +289,7 @@ def reference(argv):
             source, labels = data.images, data.labels
         else:
             names = pick_classes(args.data, args.classes, args.seed)
-            source, labels = train.image_folder(args.data, names)
+            source, labels, _ = train.image_folder(args.data, names)
         if args.num and args.num > len(labels):
             raise Problem(f"--num {args.num}: the data has {len(labels)} images")
         pick = np.sort(np.random.default_rng(args.seed).permutation(len(labels))[:args.num])
