@@ -17,6 +17,8 @@ run, whose `commit` is that of the code at the start. Stopped at any moment, the
 on. Once rung6, sana and dit are there, OUT gets the features.npz that lesson 10 shows, too.
 """
 import argparse
+import contextlib
+import fcntl
 import concurrent.futures
 import json
 import math
