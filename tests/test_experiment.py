@@ -5,7 +5,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from lab import charts, experiment, ladder
+from lab import experiment, ladder
 from lab.neighbours import NEIGHBOURS
 
 matplotlib.use("agg")                       # draws without a screen
@@ -176,15 +176,6 @@ def test_the_loss_without_attention_is_a_ratio(capsys):
     title, *shown = capsys.readouterr().out.splitlines()
     assert [line[:20].strip() for line in shown] == list(experiment.NAMES.values())
     assert shown[0][20:].split() == ["+100.0", "%", "+0.0", "+300.0", "5.0e-01"] and shown[-1][20:].split()[-1] == "+300.0"
-
-
-def test_nearest_pictures_may_be_mirrored():
-    rng = np.random.default_rng(0)
-    training = rng.integers(0, 256, (5000, 8, 8, 3), dtype=np.uint8)
-    images = training[[7, 3, 4000]] ^ 1
-    images[1] = images[1, :, ::-1]
-    found = charts.nearest(images, training)
-    assert (found ^ 1 == images).all()
 
 
 def test_the_variants_are_those_of_the_ladder(known):
