@@ -37,12 +37,12 @@ def inputs(model, batch=3):
 
 def dit_state(dim, depth, patch, channels, classes, side):
     """The parameters of a facebookresearch/DiT checkpoint by name and shape."""
-    rows = patch * patch * 2 * channels
     state = {"pos_embed": (1, (side // patch) ** 2, dim), "x_embedder.proj.bias": (dim,),
              "x_embedder.proj.weight": (dim, channels, patch, patch),
              "y_embedder.embedding_table.weight": (classes + 1, dim)}
     linear = {"t_embedder.mlp.0": (dim, 256), "t_embedder.mlp.2": (dim, dim),
-              "final_layer.linear": (rows, dim), "final_layer.adaLN_modulation.1": (2 * dim, dim)}
+              "final_layer.linear": (patch * patch * 2 * channels, dim),
+              "final_layer.adaLN_modulation.1": (2 * dim, dim)}
     for i in range(depth):
         linear |= {f"blocks.{i}.attn.qkv": (3 * dim, dim), f"blocks.{i}.attn.proj": (dim, dim),
                    f"blocks.{i}.mlp.fc1": (4 * dim, dim), f"blocks.{i}.mlp.fc2": (dim, 4 * dim),
@@ -135,7 +135,7 @@ def initial(name, shape):
     if "adaLN" in name or "final_layer.linear" in name:
         return "constant", 0.0
     if name.endswith(("gammas", "lambdas")):
-        return "constant", 3.0 if "gammas" in name else 0.01
+        return "constant", 2.5 if "gammas" in name else 0.01
     if "embedding_table" in name or re.search(r"t_embedder.mlp.\d.weight", name):
         return "normal", 0.02
     if re.search("depthwise|dwc", name):                    # PyTorch's own, fan_in^-1/2
@@ -150,7 +150,8 @@ def initial(name, shape):
 @pytest.mark.parametrize("name, overrides", [("DiT-S/2", dict(n_heads=4)), ("DyDi-LiT-S/2", {}),
                                              ("DyDi-LiT-S/2", LADDER[3][1])])
 def test_initial_values_are_those_of_their_formulas(name, overrides):
-    for name, p in build_model(name, **TINY | dict(dim=64) | overrides).named_parameters():
+    fields = TINY | dict(dim=64, gamma_init=2.5)
+    for name, p in build_model(name, **fields | overrides).named_parameters():
         kind, value = initial(name, p.shape)
         spread = p.detach().double().square().mean().sqrt().item()
         few = 2 / p.numel() ** 0.5                          # how far chance moves so many entries
@@ -241,8 +242,6 @@ def test_a_model_is_loaded_with_its_averaged_weights_and_all_else_is_refused(tmp
 
 @pytest.mark.parametrize("fields, message", [
     (dict(kernel="gauss"), "kernel='gauss' is not one of ('relu', 'focused', 'dynamic')"),
-    (dict(attention="none"), "attention='none' is not one of ('softmax', 'linear')"),
-    (dict(image_size=250), "image_size=250 is not a multiple of vae_factor x patch_size = 8 x 2"),
     (dict(image_size=24), "image_size=24 is not a multiple of vae_factor x patch_size = 8 x 2"),
     (dict(dim=30), "dim=30 is not a multiple of 4 and n_heads=1"),
     (dict(n_heads=5), "dim=384 is not a multiple of 4 and n_heads=5"),
@@ -250,13 +249,11 @@ def test_a_model_is_loaded_with_its_averaged_weights_and_all_else_is_refused(tmp
     (dict(kernel="relu"), "needs kernel='dynamic' and dynamic_projection=True"),
     (dict(differential="none"), "dwc=True needs a differential"),
     (dict(depth=0), "depth=0 is not a positive integer"),
-    (dict(n_projectors="3"), "n_projectors='3' is not a positive integer"),
     (dict(n_heads=True), "n_heads=True is not a positive integer"),
     (dict(label_dropout=-0.1), "label_dropout=-0.1 is not a number in 0..1"),
     (dict(label_dropout=1.1), "label_dropout=1.1 is not a number in 0..1"),
     (dict(gamma_init=True), "gamma_init=True is not a number in 0..1000"),
     (dict(gamma_init=1001), "gamma_init=1001 is not a number in 0..1000"),
-    (dict(lambda_init=0.01), "lambda_init=0.01 is not two numbers"),
     (dict(lambda_init=(1, 2, 3)), "lambda_init=(1, 2, 3) is not two numbers"),
     (dict(lambda_init=(0, math.nan)), "lambda_init=(0, nan) is not two numbers"),
     (dict(lambda_init=(0, -1001)), "lambda_init=(0, -1001) is not two numbers")])
