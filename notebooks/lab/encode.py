@@ -19,18 +19,20 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import train  # noqa: E402
-from train import Problem, image_folder, read_images  # noqa: E402
+from train import Problem, read_images  # noqa: E402
 
 
 def pick_classes(root, count=None, seed=0):
-    """The class folders of a folder, or so many random ones of them."""
-    names = sorted(path.name for path in pathlib.Path(root).glob("[!.]*") if path.is_dir()
-                   and not (path / "latents.json").exists())                # of an earlier command
+    """A folder's images, or those of so many random classes: paths, labels (M,), classes' names."""
+    paths, labels, names = train.image_folder(root)
     if count is None:
-        return names
+        return paths, labels, names
     if count > len(names):
         raise Problem(f"--classes {count}: {root} has {len(names)}")
-    return sorted(np.random.default_rng(seed).choice(names, count, replace=False).tolist())
+    picked = np.sort(np.random.default_rng(seed).choice(len(names), count, replace=False))
+    inside = np.isin(labels, picked)
+    return ([path for path, kept in zip(paths, inside) if kept],
+            np.searchsorted(picked, labels[inside]), [names[c] for c in picked])
 
 
 def encoded_so_far(out, about):
@@ -63,8 +65,7 @@ def reserve(path, shape):
 def encode(args):
     """Latents of every image and of its mirror image, float16 and scaled, one sample of each."""
     out, device = pathlib.Path(args.out), train.pick_device()
-    names = pick_classes(args.data, args.classes, args.seed)
-    paths, labels, names = image_folder(args.data, names)
+    paths, labels, names = pick_classes(args.data, args.classes, args.seed)
     files = "\n".join(str(path.relative_to(args.data)) for path in paths)
     about = dict(files_sha256=hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
                  total=len(paths), names=names, seed=args.seed, image_size=args.image_size,
@@ -87,14 +88,13 @@ def encode(args):
             np.save(file, labels)
         reserve(out / "latents.npy", (len(paths), *shape))
     store = np.load(out / "latents.npy", mmap_mode="r+")
-    random = torch.Generator()
     for start in tqdm(range(done, len(paths), args.batch_size), "encoding", unit="batch"):
         some = range(start, min(start + args.batch_size, len(paths)))
         chunk = read_images([paths[i] for i in some], args.image_size, disable=True)
         x = train.pixels(chunk).to(device)
-        noise = torch.stack([       # an image's own, whatever the size of its batch
-            torch.randn(shape, generator=random.manual_seed(args.seed * 2**32 + i))
-            for i in some]).to(device)
+        noise = [np.random.default_rng((args.seed, i)).standard_normal(shape, np.float32)
+                 for i in some]                 # an image's own, whatever the size of its batch
+        noise = torch.from_numpy(np.stack(noise)).to(device)
         for view, image in enumerate((x, x.flip(3))):
             z = vae.encode(image).latent_dist
             z = (z.mean + z.std * noise[:, view]) * vae.config.scaling_factor

@@ -288,8 +288,7 @@ def reference(argv):
             data = train.load_data(args)
             source, labels = data.images, data.labels
         else:
-            names = pick_classes(args.data, args.classes, args.seed)
-            source, labels, _ = train.image_folder(args.data, names)
+            source, labels, _ = pick_classes(args.data, args.classes, args.seed)
         if args.num and args.num > len(labels):
             raise Problem(f"--num {args.num}: the data has {len(labels)} images")
         pick = np.sort(np.random.default_rng(args.seed).permutation(len(labels))[:args.num])

@@ -1,10 +1,10 @@
 """Five other answers to the question what to do about N^2, in the parts of a dydilit.Block.
 
-    python notebooks/lab/neighbours.py edit train --data shapes     train.py's commands, for a name in NEIGHBOURS
+    python notebooks/lab/neighbours.py edit train --data shapes     train.py's commands
 
-Every attention maps tokens (B, N, d) to tokens (B, N, d), as DyDiLA does. In code,
-build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"]) builds EDiT in the shell that all models share, which initializes
-every linear layer as DiT does. Shapes as in dydilit.py: B images, N tokens (an image's patches, row by row), d, h heads.
+The first word is a name in NEIGHBOURS. build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"]) builds
+EDiT in the shell that all models share, which initializes every linear layer as DiT does. Every
+attention maps tokens (B, N, d) to tokens (B, N, d): B images, N patches row by row, h heads.
 """
 import math
 import pathlib
@@ -32,13 +32,11 @@ def as_tokens(x):
 # ---- PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692): softmax attention to fewer keys ----------
 
 class KVCompressedAttention(nn.Module):
-    """softmax(Q f(K)^T / sqrt(d)) f(V). A depth-wise convolution and a LayerNorm, f, make one token of a square's.
+    """softmax(Q f(K)^T / sqrt(d)) f(V). f makes one token of a square of tokens, ratio x ratio.
 
-    The same f serves keys and values. Its convolution starts as the mean of the square. ratio: the square's side.
-
-    Source: AttentionKVCompress of the released code, which compresses 2 x 2. That the DyDi-LiT paper compresses 4 x 4
-    follows from its GFLOPs, see cost.py. Left out: what is off by default, and the text with its cross-attention, because
-    a class conditions our models. PixArt-Sigma brings the compression into a trained model, we train from scratch."""
+    f is a depth-wise convolution, which starts as the square's mean, and a LayerNorm. Source:
+    AttentionKVCompress of the released code, which compresses 2 x 2 and a trained model. That the
+    DyDi-LiT paper compresses 4 x 4 follows from its GFLOPs, see cost.py."""
 
     def __init__(self, dim, n_heads, ratio):
         super().__init__()
@@ -51,7 +49,7 @@ class KVCompressedAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)                              # (B, N, d) each
-        k, v = (self.norm(as_tokens(self.compress(as_image(t)))) for t in (k, v))   # fewer tokens
+        k, v = (self.norm(as_tokens(self.compress(as_image(t)))) for t in (k, v))
         q, k, v = (dydilit.split_heads(t, self.n_heads) for t in (q, k, v))     # (B, h, ., d/h)
         return self.proj(dydilit.merge_heads(dydilit.softmax_attention(q, k, v)))   # (B, N, d)
 
@@ -59,15 +57,14 @@ class KVCompressedAttention(nn.Module):
 # ---- EDiT (Becker et al. 2025, arXiv 2503.16726): linear attention, local queries, fewer keys ----
 
 class LinearCompressedAttention(nn.Module):
-    """Linear attention (Eq. 4) between these. Conv_K and Conv_V are depth-wise with stride 2: N / 4 keys and values.
+    """Linear attention (Eq. 4). Conv_K and Conv_V, of stride 2, make N / 4 keys and values.
 
-        Q = ReLU(W_Q (X + Conv_1x1(LeakyReLU(GroupNorm(Conv_3x3(X))))))     "ConvFusion", d / 2 wide inside
+        Q = ReLU(W_Q (X + Conv_1x1(LeakyReLU(GroupNorm(Conv_3x3(X))))))     "ConvFusion"
         K = ReLU(Conv_K(W_K X)),  V = Conv_V(W_V X)                         "spatial compressor"
 
-    Source: the paper's equations as a published summary (papernotes.org) prints them; no code was released. That
-    ConvFusion is d / 2 wide follows from the GFLOPs that the DyDi-LiT paper prints, see cost.py. Our choices: GroupNorm
-    has 4 groups, Q, K, V no bias, K and V a Conv each, which start as means, as in PixArt-Sigma. That is EDiT's teacher;
-    ours learns from scratch."""
+    Source: the paper's equations as a published summary (papernotes.org) prints them; no code was
+    released. That ConvFusion is d / 2 wide inside follows from the DyDi-LiT paper's GFLOPs. Our
+    choices: GroupNorm has 4 groups, Q, K, V no bias, and Conv_K and Conv_V start as means."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -97,49 +94,44 @@ def gated_linear_attention(q, k, v, log_decay, chunk=16):
 
         S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t,    o_t = q_t S_t
 
-    Row c of the memory S, (d_k, d_v), decays at the rate that token t chose for channel c. That loop would take N steps.
-    This one takes N / chunk. With b_t the sum of log_decay from the chunk's first token to token t, a chunk's outputs are
+    With b_t the sum of log_decay from a chunk's first token to token t, and S the memory before the
+    chunk, N / chunk steps are enough:
 
         o_t = (q_t exp(b_t)) S + sum over j <= t of ((q_t exp(b_t)) (k_j exp(-b_j))^T) v_j
 
-    where S is the memory before the chunk. exp(-b_j) must stay finite, so -log_decay may be at most 80 / chunk.
-
+    exp(-b_j) must stay finite, so -log_decay may be at most 80 / chunk.
     q, k, log_decay: (..., N, d_k); v: (..., N, d_v). Returns (..., N, d_v), at least float32."""
     with torch.autocast(q.device.type, enabled=False):
         n, parts = q.shape[-2], [dydilit.at_least_float32(t) for t in (q, k, v, log_decay)]
         q, k, v, log_decay = (F.pad(t, (0, 0, 0, -n % chunk)).unflatten(-2, (-1, chunk))
-                              for t in parts)                           # (..., N/chunk, chunk, d)
-        b = log_decay.cumsum(dim=-2)                                    # how much token t forgot
-        last = b[..., -1:, :]                                           # (..., N/chunk, 1, d_k)
+                              for t in parts)                       # (..., N/chunk, chunk, d)
+        b = log_decay.cumsum(dim=-2)                                # how much token t forgot
+        last = b[..., -1:, :]                                       # (..., N/chunk, 1, d_k)
         q = q * b.exp()
-        within = (q @ (k * (-b).exp()).transpose(-2, -1)).tril() @ v    # (..., N/chunk, chunk, d_v)
-
-        learned = (k * (last - b).exp()).transpose(-2, -1) @ v          # (..., N/chunk, d_k, d_v)
-        kept = last.exp().transpose(-2, -1)                             # (..., N/chunk, d_k, 1)
+        within = (q @ (k * (-b).exp()).transpose(-2, -1)).tril() @ v    # (..., chunk, d_v)
+        learned = (k * (last - b).exp()).transpose(-2, -1) @ v      # (..., N/chunk, d_k, d_v)
+        kept = last.exp().transpose(-2, -1)                         # (..., N/chunk, d_k, 1)
         memory, memories = torch.zeros_like(learned[..., 0, :, :]), []
         for i in range(learned.shape[-3]):
-            memories.append(memory)                                     # as it is before chunk i
+            memories.append(memory)                                 # as it is before chunk i
             memory = kept[..., i, :, :] * memory + learned[..., i, :, :]
         out = within + q @ torch.stack(memories, dim=-3)
-        return out.flatten(-3, -2)[..., :n, :]                          # (..., N, d_v)
+        return out.flatten(-3, -2)[..., :n, :]                      # (..., N, d_v)
 
 
 def scan_order(n, direction):
-    """The order in which n tokens of a square grid are read, (n,): 0 by rows, 2 by columns; 1 and 3 from their ends."""
+    """The order, (n,), in which a square grid is read: 0 by rows, 2 by columns, 1 and 3 back."""
     grid = torch.arange(n).view(math.isqrt(n), -1)
     order = (grid.T if direction >= 2 else grid).flatten()
     return order.flip(0) if direction % 2 else order
 
 
 class GatedLinearAttention(nn.Module):
-    """gated_linear_attention on tokens read in one of four directions, i % 4 for block i.
+    """gated_linear_attention, then RMSNorm(O) * SiLU(X W_G), read in one of four directions.
 
-    After it, per head, RMSNorm(O) * SiLU(X W_G). The decay is exp(log_decay) = sigmoid(X W_1 W_2 + b)^(1/16), with W_1
-    only 16 wide. Keys and queries are d / 2 wide.
-
-    Source: models_dig.py and module_dig.py of hustvl/DiG. What differs: there tokens stay flipped or transposed between
-    blocks and after the last one, here the attention puts them back. There its linear layers start smaller (gain 2^-2.5)
-    and Triton kernels scan. Here a token forgets at most 1 - exp(-80 / 16), see above."""
+    The decay is sigmoid(X W_1 W_2 + b)^(1/16), with W_1 only 16 wide, but at least exp(-80 / 16).
+    Source: models_dig.py and module_dig.py of hustvl/DiG. There, tokens stay flipped or transposed
+    between blocks and after the last one, and the linear layers start smaller (gain 2^-2.5)."""
 
     def __init__(self, dim, n_heads, direction):
         super().__init__()
@@ -157,13 +149,13 @@ class GatedLinearAttention(nn.Module):
         q, k, v, log_decay = (dydilit.split_heads(t, self.n_heads)                  # (B, h, N, .)
                               for t in (self.q(x), self.k(x), self.v(x), log_decay))
         q = q / math.sqrt(q.shape[-1])
-        out = self.norm(gated_linear_attention(q, k, v, log_decay))                 # (B, h, N, d/h)
+        out = self.norm(gated_linear_attention(q, k, v, log_decay))             # (B, h, N, d/h)
         out = dydilit.merge_heads(out) * F.silu(self.gate(x))                       # (B, N, d)
         return self.proj(out)[:, order.argsort()]                                   # row by row
 
 
 class LocalConv(nn.Module):
-    """What follows each of DiG's blocks, a depth-wise 3x3 convolution that starts as the identity. (B, N, d) -> (B, N, d)."""
+    """What follows each of DiG's blocks: a depth-wise convolution that starts as the identity."""
 
     def __init__(self, dim):
         super().__init__()
@@ -181,7 +173,7 @@ def swiglu_width(dim):
 
 
 class SwiGLU(nn.Module):
-    """DiG's feed-forward network, (SiLU(X W_1) * X W_2) W_3. (B, N, d) -> (B, N, d)."""
+    """DiG's feed-forward network, (SiLU(X W_1) * X W_2) W_3."""
 
     def __init__(self, dim):
         super().__init__()
@@ -201,13 +193,11 @@ class MixtureOfHeadAttention(nn.Module):
 
         O = sum_i g_i H_i W_i,  with  g = [2 a_1 s p_S, 2 a_2 r p_R]
 
-    a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are on, weighted by p_S =
-    softmax(X W_S). Of the routed heads those r with the largest entries of softmax(X W_R) are on; p_R is these entries,
-    divided by their sum. With the factors 2, s and r, a token without preferences gives weights of 1. Where all heads are
-    shared, g = s p_S. shared: s; top: r.
-
-    Source: MoH-DiT/models.py of SkyworkAI/MoH, which also has the factors and the sum. Left out: its loss that balances
-    the heads' load, because one training loop serves all systems. As there, heads that are off are computed all the same."""
+    a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are on,
+    weighted by p_S = softmax(X W_S). Of the routed heads those r with the largest entries of
+    softmax(X W_R) are on; p_R is these entries, divided by their sum. A token without preferences
+    gives weights of 1. Where all heads are shared, g = s p_S. Source: MoH-DiT/models.py of
+    SkyworkAI/MoH. Left out: its loss that balances the heads' load."""
 
     def __init__(self, dim, n_heads, shared, top):
         super().__init__()
@@ -239,12 +229,11 @@ class MixtureOfHeadAttention(nn.Module):
 # ---- LiT (Wang et al. 2025, arXiv 2501.12976): linear attention with few heads -------------------
 
 class FewHeadLinearAttention(nn.Module):
-    """Linear attention (Eq. 4) with ReLU as kernel and few heads, plus a depth-wise 5x5 convolution of V.
+    """Linear attention (Eq. 4) with ReLU and few heads, plus a depth-wise 5x5 convolution of V.
 
-    The heads share the convolution's kernels. Sources: a published summary of the paper (papernotes.org), and the class
-    that its first author kept in a later project, vision_transformer_linear1.py of techmonsterwang/LINA. The code that was
-    released with the paper was not read. LiT starts from a trained DiT and learns from it. Ours is its row without that,
-    which is the one that the DyDi-LiT paper's Table 3 shows."""
+    The heads share the convolution's kernels. Sources: a published summary of the paper
+    (papernotes.org), and vision_transformer_linear1.py of techmonsterwang/LINA, a later project of
+    its first author. LiT learns from a trained DiT. Ours is its row without that, as in Table 3."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -266,24 +255,18 @@ def lit_heads(dim):
 
 # ---- The blocks' parts: (configuration, number of the block) -> dydilit.Block's parts -----------
 
-def pixart_ratio(n):
-    """The side of a square of tokens that gives one key: 4, as in the paper's tables, or 2 if 16 keys would not remain."""
-    return 4 if n >= 256 else 2
-
-
 def pixart(cfg, i):
-    """DiT's attention in the first half of the blocks, fewer keys in the second."""
+    """DiT's attention in the first half of the blocks, fewer keys in the second: at least 16."""
     if i < cfg.depth / 2:
         return dydilit.SoftmaxAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)
-    ratio = pixart_ratio((cfg.input_size // cfg.patch_size) ** 2)
+    ratio = 4 if cfg.input_size // cfg.patch_size >= 16 else 2
     return KVCompressedAttention(cfg.dim, cfg.n_heads, ratio), dydilit.Mlp(cfg.dim)
 
 
 def moh(cfg, i):
-    """As in the released S/2 with 90 % of its heads on: in two thirds of the blocks half of the heads are shared, and of
-    the others two thirds are on. In the last third all are shared. ValueError for fewer than 5 heads: of a single head
-    that is on, p_R is 1, and its router would not learn."""
-    if cfg.n_heads < 5:
+    """As in the released S/2 with 90 % of its heads on: in two thirds of the blocks half of the
+    heads are shared, and of the others two thirds are on. In the last third all are shared."""
+    if cfg.n_heads < 5:                 # of a single head that is on, p_R is 1, and nothing learns
         raise ValueError(f"MoH-DiT: n_heads={cfg.n_heads} is not at least 5")
     shared = cfg.n_heads // 2 if i < round(cfg.depth * 2 / 3) else cfg.n_heads
     top = round((cfg.n_heads - shared) * 2 / 3)
@@ -293,9 +276,11 @@ def moh(cfg, i):
 NEIGHBOURS = {
     "pixart": pixart,
     "edit": lambda cfg, i: (LinearCompressedAttention(cfg.dim, cfg.n_heads), dydilit.Mlp(cfg.dim)),
-    "dig": lambda cfg, i: (GatedLinearAttention(cfg.dim, cfg.n_heads, i % 4), SwiGLU(cfg.dim), LocalConv(cfg.dim)),
+    "dig": lambda cfg, i: (GatedLinearAttention(cfg.dim, cfg.n_heads, i % 4), SwiGLU(cfg.dim),
+                           LocalConv(cfg.dim)),
     "moh": moh,
-    "lit": lambda cfg, i: (FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)), dydilit.Mlp(cfg.dim)),
+    "lit": lambda cfg, i: (FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)),
+                           dydilit.Mlp(cfg.dim)),
 }
 
 if __name__ == "__main__":
