@@ -13,6 +13,7 @@ from dydilit import LADDER, ModelConfig
 from lab.eq8 import Divided
 
 N, D = 9, 8                             # tokens, of a 3x3 grid, and their width
+GAMMA = 2.5                             # of the second rung of Table 4, which has no bank
 FINE = dict(rtol=1e-9, atol=1e-12)
 FLOAT32 = dict(rtol=2e-4, atol=1e-5)
 
@@ -195,16 +196,14 @@ def test_differentials_are_eq_8_and_eq_10(d):
 
 
 def divided(form, *sets_and_factors):
-    """Eq. 8 over what lab.eq8's forms of it name. The library's is `length`."""
+    """Eq. 8 over N, as in the library, or over what a form of lab.eq8 names."""
     *sets, v, lambda_q, lambda_k = sets_and_factors
-    ones = torch.ones_like(v[:, :1])                # with these as values, products are sums
-    if form == "mass":
-        floor = eq_8(*sets, ones, -lambda_q.abs(), -lambda_k.abs()).detach() / 10
-        mass = torch.maximum(eq_8(*sets, ones, 0 * lambda_q, 0 * lambda_k), floor)
-    out = eq_8(*sets, v, lambda_q, lambda_k)
-    return out / {"none": lambda: 1, "length": lambda: N, "scaled": lambda: N * v.shape[1] ** 0.5,
-                  "rms": lambda: out.square().mean(1)[:, None].sqrt(), "mass": lambda: mass,
-                  "differenced": lambda: eq_8(*sets, ones, lambda_q, lambda_k)}[form]()
+    out, ones = eq_8(*sets, v, lambda_q, lambda_k), torch.ones_like(v[:, :1])
+    mass = eq_8(*sets, ones, 0 * lambda_q, 0 * lambda_k)        # values of 1 make products sums
+    floor = eq_8(*sets, ones, -lambda_q.abs(), -lambda_k.abs()).detach() / 10
+    return out / dict(none=1, scaled=N * v.shape[1] ** 0.5, mass=torch.maximum(mass, floor),
+                      rms=out.square().mean(1)[:, None].sqrt(),
+                      differenced=eq_8(*sets, ones, lambda_q, lambda_k)).get(form, N)
 
 
 # ---- Eq. 9, and the modules ----
@@ -225,53 +224,54 @@ def by_head(function, n_heads, *tokens):
     return torch.cat([function(*head) for head in zip(*shares)], dim=1)
 
 
-def attention_loop(attn, cfg, form, x):
-    """DyDiLA, or a rung of Table 4 below it, for one image (N, d)."""
-    shared, routed = [x @ w.T for w in attn.qkv.weight.split(cfg.dim)], []
-    if cfg.dynamic_projection:
+def attention_loop(attn, rung, form, n_heads, x):
+    """The attention of a rung of Table 4, for one image (N, D). 1 is Sana, and 6 is DyDiLA."""
+    shared, routed = [x @ w.T for w in attn.qkv.weight.split(D)], []
+    if rung >= 4:
         bank = attn.projection
         routed = [eq_2(x, bank.router_q, bank.weight_q), eq_2(x, bank.router_k, bank.weight_k)]
-    if cfg.differential == "none":
+    if rung <= 4:
         *sets, v = routed + shared
     else:
         (q, k, v), (q_red, k_red) = shared, routed
         sets = [q, q_red, k, k_red]
-    if cfg.kernel == "relu":
+    if rung == 1:
         sets = [z.relu() for z in sets]
-    elif cfg.kernel == "focused":
-        sets = [eq_5(z, torch.full((N, 1), cfg.gamma_init)) for z in sets]
+    elif rung == 2:
+        sets = [eq_5(z, torch.full((N, 1), GAMMA)) for z in sets]
     else:
         sets = [eq_6(z, r, attn.kernel.gammas) for z, r in zip(sets, attn.kernel.routers)]
-    if cfg.differential == "none":
-        out = by_head(eq_4, cfg.n_heads, *sets, v)
+    if rung <= 4:
+        out = by_head(eq_4, n_heads, *sets, v)
     else:
-        part, lambda_k = attn.differential, None
-        lambda_q = eq_7(*sets[:2], part.router_q, part.lambdas)
-        if cfg.differential == "token":
-            lambda_k = eq_7(*sets[2:], part.router_k, part.lambdas)
-        out = by_head(lambda *head: eq_10(*head, lambda_q) / N if lambda_k is None else
-                      divided(form, *head, lambda_q, lambda_k), cfg.n_heads, *sets, v)
-    if cfg.dwc:
+        part = attn.differential
+        factors = [eq_7(*sets[:2], part.router_q, part.lambdas)]
+        if form != "map":
+            factors.append(eq_7(*sets[2:], part.router_k, part.lambdas))
+        out = by_head(lambda *head: eq_10(*head, *factors) / N if form == "map" else
+                      divided(form, *head, *factors), n_heads, *sets, v)
+    if rung == 6:
         branches = attn.dwc.weight_3x3, attn.dwc.weight_1x3, attn.dwc.weight_3x1
         out = out + sum(convolution(v, kernel) for kernel in branches)
     return out @ attn.proj.weight.T + attn.proj.bias
 
 
 @pytest.mark.parametrize("n_heads", [1, 2])
-@pytest.mark.parametrize("name, fields", [*LADDER, ("Eq. 10", dict(differential="map")),
-                                          *((form, {}) for form in Divided.DENOMINATORS)])
-def test_attention_modules_are_the_loops(name, fields, n_heads):
-    """Sana is the first rung, DyDiLA the last. The library divides Eq. 8 by N."""
+@pytest.mark.parametrize("rung, fields, form", [
+    *((rung, fields, "library") for rung, (_, fields) in enumerate(LADDER, 1)),
+    *((6, {}, form) for form in Divided.DENOMINATORS), (6, dict(differential="map"), "map")])
+def test_attention_modules_are_the_loops(rung, fields, form, n_heads):
     cfg = ModelConfig(dim=D, n_heads=n_heads, n_projectors=2, n_gammas=3, n_lambdas=3,
-                      gamma_init=2.5, **fields)
-    attn, form = dydilit.block_parts(cfg, 0)[0].double(), "length"
-    if name in Divided.DENOMINATORS:
-        Divided.of(attn.differential, form := name)
+                      gamma_init=GAMMA, **fields)
+    attn = dydilit.block_parts(cfg, 0)[0].double()
+    if form in Divided.DENOMINATORS:
+        Divided.of(attn.differential, form)
     torch.nn.init.normal_(attn.proj.bias)
     for name, p in attn.named_parameters():         # banks start equal, and their routers unused
         if name.endswith(("gammas", "lambdas")):
             p.data = torch.tensor([0.7, 2, 3] if "gammas" in name else [0.4, -0.3, 1.2]).double()
-    agree(attn, lambda x: torch.stack([attention_loop(attn, cfg, form, image) for image in x]),
+    agree(attn, lambda x: torch.stack([attention_loop(attn, rung, form, n_heads, image)
+                                       for image in x]),
           *tensors(1, 2, N, D), parameters=list(attn.parameters()),
           close=dict(rtol=1e-7, atol=1e-10))
 
