@@ -1,6 +1,8 @@
 """The notebooks run, their exercises can be solved, and what is committed is what they show."""
 import ast
+import base64
 import functools
+import io
 import math
 import re
 
@@ -8,16 +10,19 @@ import matplotlib
 import nbformat
 import pytest
 import torch
+from PIL import Image
 
 from lab import figures, helpers
-from lab.execute import HERE, NOTEBOOKS, execute, stamp
+from lab.execute import HERE, NOTEBOOKS, execute, smaller, stamp
 
 matplotlib.use("agg")                       # draws without a screen
 ROOT = HERE.parent
 
 WRONG = """
 sound = {name}
-{name} = (lambda *args: torch.as_tensor(sound(*args)) * 1.5 + 1) if callable(sound) else torch.as_tensor(sound) * 1.5 + 1
+def spoiled(answer):
+    return torch.as_tensor(answer) * 1.5 + 1
+{name} = (lambda *args: spoiled(sound(*args))) if callable(sound) else spoiled(sound)
 """
 
 
@@ -32,9 +37,11 @@ def code_cells(notebook):
 def exercises(notebook):
     """{number: (name to fill in, code of the solution, code of the check)}."""
     cells, found = code_cells(notebook), {}
-    solutions = dict(re.findall(r"<summary>Exercise (\d+)</summary>.*?```python\n(.*?)```", notebook.cells[-1].source, re.S))
+    solutions = dict(re.findall(r"<summary>Exercise (\d+)</summary>.*?```python\n(.*?)```",
+                                notebook.cells[-1].source, re.S))
     for cell, following in zip(cells, cells[1:]):
-        blank = re.search(r"^(\w+) = \.\.\.$|^def (\w+)\(.*\n(?:    .*\n)*    return \.\.\.$", cell.source, re.M)
+        blank = re.search(r"^(\w+) = \.\.\.$|^def (\w+)\(.*\n(?:    .*\n)*    return \.\.\.$",
+                          cell.source, re.M)
         if blank:
             number = re.search(r"check\((\d+),", following.source)[1]
             found[number] = (blank[1] or blank[2], solutions[number], following.source)
@@ -43,16 +50,17 @@ def exercises(notebook):
 
 
 def texts(cell):
-    return "".join(out.text if out.output_type == "stream" else out.get("data", {}).get("text/plain", "")
-                   for out in cell.outputs)
+    return "".join(out.text if out.output_type == "stream" else
+                   out.get("data", {}).get("text/plain", "") for out in cell.outputs)
 
 
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
 def same_text(fresh, kept):
-    """The same words, and the same numbers but for two percent or one unit of the last digit that is printed."""
-    if [part.split() for part in re.split(NUMBER, fresh)] != [part.split() for part in re.split(NUMBER, kept)]:
+    """The same words, and the same numbers but for 2 % or one unit of the last printed digit."""
+    words = [[part.split() for part in re.split(NUMBER, text)] for text in (fresh, kept)]
+    if words[0] != words[1]:
         return False
     for new, old in zip(re.findall(NUMBER, fresh), re.findall(NUMBER, kept)):
         new, old = new.replace(",", ""), old.replace(",", "")
@@ -64,7 +72,7 @@ def same_text(fresh, kept):
 
 
 def varies(cell):
-    """Whether a cell's numbers may differ from run to run: it times something, or a comment begins with "varies"."""
+    """Whether numbers may differ: the cell times something, or a comment begins with "varies"."""
     return bool(re.search(r"median_ms|perf_counter|# varies\b", cell.source))
 
 
@@ -74,14 +82,15 @@ def kinds(cell):
 
 @functools.cache
 def run(path):
-    """The notebook run afresh, and the outputs of each exercise's check: with its solution, then with a wrong answer."""
+    """The notebook run afresh, and each check's outputs: with the solution, with a wrong answer."""
     before = committed(path)
     tasks = exercises(before)
     extra = [source for name, solution, check in tasks.values()
              for source in (solution, check, WRONG.format(name=name), check)]
     after = execute(path, and_then=extra)
     checked = after.cells[len(before.cells):]
-    verdicts = {number: (texts(checked[4 * i + 1]), texts(checked[4 * i + 3])) for i, number in enumerate(tasks)}
+    verdicts = {number: (texts(checked[4 * i + 1]), texts(checked[4 * i + 3]))
+                for i, number in enumerate(tasks)}
     return after.cells[:len(before.cells)], verdicts
 
 
@@ -96,27 +105,39 @@ def test_the_set_is_complete():
     assert re.findall(r"\]\((\w+\.ipynb)\)", syllabus) == [path.name for path in NOTEBOOKS]
 
 
+def test_the_set_stays_small():
+    sizes = [path.stat().st_size for path in NOTEBOOKS]
+    assert max(sizes) <= 700_000 and sum(sizes) <= 7_000_000
+    texts = [cell.source for path in NOTEBOOKS for cell in committed(path).cells
+             if cell.cell_type == "markdown"]
+    assert sum(len(text.split()) for text in texts) <= 27_000
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
     def test_committed_outputs_are_whole_and_belong_to_the_code(self, path):
         cells = code_cells(committed(path))
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
         for cell in cells:
-            assert cell.metadata.get("executed") == stamp(cell), f"run notebooks/lab/execute.py: changed since\n{cell.source}"
+            assert cell.metadata.get("executed") == stamp(cell), \
+                f"run notebooks/lab/execute.py: changed since\n{cell.source}"
 
     def test_committed_outputs_hold_no_path_warning_or_trail(self, path):
         for cell in code_cells(committed(path)):
             for out in cell.outputs:
                 assert out.output_type in ("stream", "display_data", "execute_result"), cell.source
                 assert out.get("name", "stdout") == "stdout", cell.source
-            assert not re.search(r"/home/|/Users/|/root/|/tmp/|\bC:\\|site-packages|Warning|object at 0x|it/s|\r", texts(cell))
+            assert not re.search(r"/home/|/Users/|/root/|/tmp/|\bC:\\|site-packages|Warning|"
+                                 r"object at 0x|it/s|\r", texts(cell))
             assert str(ROOT) not in texts(cell)
 
     def test_shows_pictures_and_says_what_one_learns(self, path):
         notebook = committed(path)
         assert notebook.cells[0].source.startswith(f"# {name(path)} · ")
-        assert "After this notebook you" in notebook.cells[0].source and "CPU" in notebook.cells[0].source
-        assert sum("image/png" in kind for cell in code_cells(notebook) for kind in kinds(cell)) >= 3
+        assert "After this notebook you" in notebook.cells[0].source
+        assert "CPU" in notebook.cells[0].source
+        shown = [kind for cell in code_cells(notebook) for kind in kinds(cell)]
+        assert sum("image/png" in kind for kind in shown) >= 3
         assert 2 <= len(exercises(notebook)) <= 4
 
     def test_code_is_in_small_cells_and_the_first_is_one_import(self, path):
@@ -133,7 +154,8 @@ class TestNotebook:
             assert fresh.source == kept.source
             if fresh.cell_type == "code":
                 assert kinds(fresh) == kinds(kept), kept.source
-                assert varies(kept) or same_text(texts(fresh), texts(kept)), f"{kept.source}\n{texts(fresh)}\n{texts(kept)}"
+                assert varies(kept) or same_text(texts(fresh), texts(kept)), \
+                    f"{kept.source}\n{texts(fresh)}\n{texts(kept)}"
 
     @pytest.mark.slow
     def test_solutions_are_right_and_wrong_answers_wrong(self, path):
@@ -152,7 +174,8 @@ def test_numbers_are_compared_as_they_are_printed():
 
 
 def test_each_kind_of_linear_attention_is_sharper_than_the_one_before():
-    ex, maps = helpers.example(), helpers.attention_maps("ReLU", "focused", "dynamic", "softmax")
+    ex = helpers.example()
+    maps = helpers.attention_maps("ReLU", "focused", "dynamic", "softmax")
     found = [helpers.shares(m[ex.query], ex) for m in maps.values()]
     for name, rises in [("face", True), ("sky", False), ("entropy", False)]:
         values = [getattr(one, name) for one in found]
@@ -163,8 +186,10 @@ def test_shares_by_hand():
     ex, row = helpers.example(), torch.zeros(256)
     row[ex.face.nonzero()[0]], row[ex.sky.nonzero()[0]], row[0] = 3.0, 1.0, -2.0
     found = helpers.shares(row, ex)
-    assert (found.face, found.sky, found.negative, found.net) == pytest.approx((3 / 4, 1 / 4, 1 / 3, 3 / 2))
-    assert found.entropy == pytest.approx(-sum(p * math.log(p) for p in (1 / 2, 1 / 6, 1 / 3)) / math.log(256))
+    assert (found.face, found.sky) == pytest.approx((3 / 4, 1 / 4))
+    assert (found.negative, found.net) == pytest.approx((1 / 3, 3 / 2))
+    entropy = -sum(p * math.log(p) for p in (1 / 2, 1 / 6, 1 / 3)) / math.log(256)
+    assert found.entropy == pytest.approx(entropy)
 
 
 @pytest.mark.parametrize("draw", [figures.module_diagram, figures.transformer_diagram])
@@ -172,3 +197,16 @@ def test_a_diagram_lights_what_it_has(draw):
     draw("attention")
     with pytest.raises(ValueError, match="no such part: engine"):
         draw("engine")
+
+
+def test_an_animation_keeps_its_frames(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures.display, "display", lambda image: shown.append(image.data))
+    figures.animation(lambda x: figures.plt.figure(figsize=(2, 1)).text(x, 0.5, "o"), [0, 0.3, 0.6])
+    png = base64.b64encode(shown[0]).decode()
+    assert smaller(png) == png
+    picture, frames = Image.open(io.BytesIO(shown[0])), set()
+    for i in range(picture.n_frames):
+        picture.seek(i)
+        frames.add(picture.convert("RGB").tobytes())
+    assert len(frames) == 3 and picture.info["loop"] == 0

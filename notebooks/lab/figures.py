@@ -1,5 +1,4 @@
-"""What the notebooks' pictures share: names and colours, the two diagrams, the strip of maps, grids of images, sliders."""
-import inspect
+"""What the notebooks' pictures share: looks, the strip of maps, the diagrams, grids, animations."""
 import io
 import math
 import os
@@ -10,41 +9,44 @@ import numpy as np
 import torch
 from IPython import display
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
 from lab.helpers import *  # noqa: F403
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the line styles and markers serve a print without colour.
-BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
-GREY, VIOLET = "#777777", "#6A51A3"
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers for print.
+BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #000000".split()
+GREY, VIOLET, BROWN = "#777777", "#6A51A3", "#8C510A"
 COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, BLACK]
+LONG, SHORT, MIXED = (0, (8, 3)), (0, (3, 1)), (0, (6, 1, 1, 1))            # dashes
 
-# In every lesson a kind of attention, and the part of the module that makes it, has one colour, line and marker.
-LOOKS = {"softmax": (BLUE, "-", "o"), "ReLU": (GREY, "--", "s"), "focused": (GREEN, "-.", "D"), "dynamic": (PINK, ":", "^"),
-         "differential": (ORANGE, (0, (6, 1, 1, 1)), "v"), "convolution": (SKY, (0, (8, 3)), "P"),
-         "projected": (VIOLET, (0, (3, 1)), "X")}
-LABELS = {"convolution": "whole module"}    # the word in pictures, where it is not the name: attention and convolution together
-# The arms of recall.py: those with a part of the module have its colour.
-LOOKS |= {"no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
-          "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, (0, (3, 1)), "P"),
-          "signed": (BLACK, (0, (8, 3)), "*"), "adding": (GREEN, "-.", "D"), "random routes": (PINK, ":", "^")}
-# So has in lesson 3 a way to give a router its gradient. What does not learn is grey.
-LOOKS |= {"no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"), "chosen entry": (BLUE, "-", "o"),
-          "straight-through": (BLUE, "-", "o"), "chosen entry, centred": (ORANGE, (0, (6, 1, 1, 1)), "v"),
-          "whole one-hot": (GREEN, "-.", "D"), "Gumbel": (PINK, ":", "^"), "REINFORCE": (BLACK, (0, (3, 1)), "X"), "soft mixture": (SKY, (0, (8, 3)), "P")}
+LOOKS = {       # A kind of attention, and the part that makes it, looks the same in every lesson.
+    "softmax": (BLUE, "-", "o"), "ReLU": (GREY, "--", "s"), "focused": (GREEN, "-.", "D"),
+    "dynamic": (PINK, ":", "^"), "differential": (ORANGE, MIXED, "v"),
+    "convolution": (SKY, LONG, "P"), "projected": (VIOLET, SHORT, "X")}
+LABELS = {"convolution": "whole module"}    # the word in pictures, where it isn't the name
+LOOKS |= {      # the arms of recall.py
+    "no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
+    "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, SHORT, "P"),
+    "signed": (BLACK, LONG, "*"), "random routes": (PINK, ":", "^"), "adding": (GREEN, "-.", "D")}
+LOOKS |= {      # how a router may get its gradient (lessons 2 and 3, appendix B)
+    "no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"),
+    "chosen entry": (BLUE, "-", "o"), "Switch": (PINK, ":", "^"),
+    "whole one-hot": (GREEN, "-.", "D"), "Gumbel": (ORANGE, MIXED, "v"),
+    "REINFORCE": (BLACK, SHORT, "X"), "soft mixture": (SKY, LONG, "P")}
 
 plt.rcParams.update({
-    "figure.dpi": 110, "figure.figsize": (8, 4.2), "figure.constrained_layout.use": True, "font.size": 14,
-    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "viridis",
-    "lines.linewidth": 2.2, "lines.markersize": 7,
-    "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=["-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (8, 3))])})
+    "figure.dpi": 110, "figure.figsize": (8, 4.2), "figure.constrained_layout.use": True,
+    "font.size": 14, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+    "axes.spines.right": False, "lines.linewidth": 2.2, "lines.markersize": 7,
+    "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=["-", "--", "-.", ":", MIXED, LONG])})
 
 
 def look(name, marker=False, label=None):
-    """Keywords for ax.plot: colour, line style and label (marker too) of a kind of attention. name: a key of LOOKS."""
+    """Keywords for ax.plot: colour, line style and label, marker too. name: a key of LOOKS."""
     colour, line, symbol = LOOKS[name]
-    return dict(color=colour, linestyle=line, label=label or LABELS.get(name, name), **({"marker": symbol} if marker else {}))
+    label = label or LABELS.get(name, name)
+    return dict(color=colour, linestyle=line, label=label, marker=symbol if marker else "")
 
 
 def array(x):
@@ -52,22 +54,25 @@ def array(x):
     return np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, dtype=np.float64)
 
 
-def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=None, levels=None, **settings):
-    """Lines of {name: values} over x with the names' looks, and as many labelled ticks as asked for.
+# ---- Lines ---------------------------------------------------------------------------------------
 
-    xticks, yticks: the numbers to label. levels: {words: value} for level(). settings: what ax.set takes (xscale="log",
-    ylim=...). Returns the axes. A legend only where there are two lines to tell apart.
-    """
+def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=None, levels=None,
+           **settings):
+    """Lines of {name: values} over x with the names' looks. Returns the axes.
+
+    xticks, yticks: the numbers to label. levels: {words: value} for level(). settings: of ax.set
+    (xscale="log", ylim=...). A legend only where there are two lines to tell apart."""
     ax = ax or plt.subplots()[1]
     for name, values in ys.items():
-        ax.plot(array(x), array(values), **(look(name, markers) if name in LOOKS else {"label": name, "marker": "o" if markers else ""}))
+        plain = {"label": name, "marker": "o" if markers else ""}
+        ax.plot(array(x), array(values), **(look(name, markers) if name in LOOKS else plain))
     ax.set(xlabel=xlabel, ylabel=ylabel, **settings)
     for axis, ticks in [(ax.xaxis, xticks), (ax.yaxis, yticks)]:
         if ticks is not None:
             powers = axis.get_scale() == "log" and (min(ticks) < 1e-3 or max(ticks) > 1e4)
-            powers = powers and all(math.log10(tick).is_integer() for tick in ticks)
-            axis.set_ticks(list(ticks), [f"$10^{{{math.log10(tick):.0f}}}$" if powers else f"{tick:g}" for tick in ticks])
             axis.set_ticks([], minor=True)
+            axis.set_ticks(list(ticks), [f"$10^{{{math.log10(n):.0f}}}$" if powers else f"{n:g}"
+                                         for n in ticks])
     for words, value in (levels or {}).items():
         level(ax, words, value)
     if len(ax.get_legend_handles_labels()[1]) > 1:
@@ -76,211 +81,56 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
 
 
 def level(ax, words, value, upright=False, end=0.995):
-    """A thin grey line at a value, to compare with, and its words; those of an upright line stand over the axes.
+    """A thin grey line at a value, to compare with, and its words, over the axes if it's upright.
 
-    end: where the words of a level line stand, from 0, over its left end, to 1, over its right end; more is beside the axes.
+    end: where the words of a level line stand, from 0 to 1, left to right; more is beside the axes.
     """
     (ax.axvline if upright else ax.axhline)(value, color=GREY, linestyle="-", linewidth=1, zorder=1)
-    point, where = ((value, 1), ax.get_xaxis_transform()) if upright else ((end, value), ax.get_yaxis_transform())
+    if upright:
+        point, where, ha = (value, 1), ax.get_xaxis_transform(), "center"
+    else:
+        point, where = (end, value), ax.get_yaxis_transform()
+        ha = "right" if 0.5 < end <= 1 else "left"
     beside = not upright and end > 1
-    ax.annotate(words, point, (0, 0 if beside else 2), xycoords=where, textcoords="offset points", fontsize=13, color="#444444",
-                va="center" if beside else "bottom", ha="center" if upright else "right" if 0.5 < end <= 1 else "left")
+    ax.annotate(words, point, (0, 0 if beside else 2), xycoords=where, textcoords="offset points",
+                fontsize=13, color="#444444", va="center" if beside else "bottom", ha=ha)
 
 
-# ---- The photograph and the strip -----------------------------------------------------------------------------------
+def bands(x, runs, xlabel, ylabel, ax=None, **settings):
+    """The mean of several runs as a line, from the lowest to the highest as a band.
 
-# Nothing where the weight is zero, then yellow to red; blue where it is negative. Forty steps, so that pictures stay small.
-HEAT = LinearSegmentedColormap.from_list("heat", [
-    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)), (0.5, (1, 1, 1, 0)),
-    (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)), (1.0, (0.85, 0.0, 0.1, 1.0))], N=40)
-TOP = 10                                    # the strip's scale ends at ten times the even weight
-
-
-def show_picture(ax, picture, side=SIDE, grey=False):
-    """The photograph under a map of (side, side) tokens. picture: (3, S, S) in [-1, 1]."""
-    pixels = array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1)
-    if grey:
-        pixels = (0.35 + 0.05 * (12 * pixels.mean(axis=2, keepdims=True)).round()).repeat(3, axis=2)        # few greys, small files
-    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest" if grey else "bilinear")
-    clear(ax)
-
-
-def outline(ax, mask, colour, side=SIDE):
-    """A line, edged with black, around the tokens of a mask. mask: (side^2,) bool."""
-    fine = np.kron(array(mask).reshape(side, side), np.ones((16, 16)))
-    axis = (np.arange(16 * side) + 0.5) / 16 - 0.5
-    for edge, width in [(BLACK, 4), (colour, 2)]:
-        ax.contour(axis, axis, fine, levels=[0.5], colors=[edge], linewidths=width, linestyles="-")
-
-
-def draw_map(ax, row, ex, top=TOP):
-    """One query's weights over the photograph, in multiples of the even weight 1/N. row: (256,), any scale."""
-    row = row.abs().sum() ** -1 * row
-    show_picture(ax, ex.picture, grey=True)
-    image = ax.imshow(array(row.view(SIDE, SIDE) * len(row)), cmap=HEAT, vmin=-top, vmax=top,
-                      interpolation="nearest")
-    box(ax, divmod(ex.query, SIDE))
-    return image
-
-
-def show_map(row, title, ex=None, top=TOP):
-    """The photograph with face, sky and query, and beside it, large, one query's weights. row: (256,)."""
-    ex = ex or example()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3))
-    show_example(left, ex)
-    image = draw_map(right, row, ex, top)
-    right.set_title(title, fontsize=14)
-    bar = fig.colorbar(image, ax=right, shrink=0.9, extend="max", label="weight × N (1 = even)")
-    bar.ax.set_ylim(-top if row.min() < 0 else 0, top)
-    plt.show()
-
-
-def show_example(ax, ex):
-    """The photograph, the face outlined in yellow, the sky in white, the query in red."""
-    show_picture(ax, ex.picture)
-    outline(ax, ex.face, "#FFD700")
-    outline(ax, ex.sky, "white")
-    box(ax, divmod(ex.query, SIDE))
-    ax.set_title("query (red), face\n(yellow), sky (white)", fontsize=13)
-
-
-def strip(maps, ex=None):
-    """The example's query in each of {name: map}: small pictures on one colour scale, under each its numbers, see shares().
-
-    maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on.
-    """
-    ex = ex or example()
-    rows = {name: m[ex.query] if m.dim() == 2 else m for name, m in maps.items()}
-    signed = min(row.min() for row in rows.values()) < 0
-    n = len(rows) + 1
-    lines = 1 if n < 6 else 2
-    columns = math.ceil(n / lines)
-    fig, axes = plt.subplots(lines, columns, figsize=(2.1 * columns + 1.0, (3.8 if signed else 3.5) * lines), squeeze=False)
-    first, *panels = axes.flat
-    show_example(first, ex)
-    above = " above zero" if signed else ""
-    under(first, [f"weight{above} on the face", f"weight{above} on the sky", *["share below zero"] * signed, "row entropy"])
-    for ax, (name, row) in zip(panels, rows.items()):
-        image = draw_map(ax, row, ex)
-        ax.set_title(LABELS.get(name, name), fontsize=14, color=LOOKS[name][0] if name in LOOKS else BLACK, fontweight="bold", pad=20)
-        if name in NAMES + TRAINED:
-            ax.text(0.5, 1.025, "trained" if name in TRAINED else "not trained", transform=ax.transAxes, ha="center", fontsize=12)
-        found = shares(row, ex)
-        under(ax, [f"face {found.face:.0%}", f"sky {found.sky:.1%}", *[f"negative {found.negative:.0%}"] * signed,
-                   f"entropy {found.entropy:.2f}"])
-    for ax in panels[len(rows):]:
-        ax.set_visible(False)
-    lowest = min((len(row) * row.min() / row.abs().sum()).item() for row in rows.values())
-    bar = fig.colorbar(image, ax=axes, shrink=0.75, aspect=12 * lines, pad=0.01, ticks=range(-TOP, TOP + 1, 5), extend="max")
-    bar.ax.set_ylim(max(-TOP, 5 * math.floor(lowest / 5)), TOP)
-    bar.set_label("weight × N (1 = even)", fontsize=13)
-    plt.show()
-
-
-def under(ax, lines):
-    """Lines of text under a picture."""
-    ax.set_xlabel("\n" * len(lines), fontsize=13)     # keeps room for them
-    for i, words in enumerate(lines):
-        ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
-                    fontsize=13)
-
-
-# ---- Recall ---------------------------------------------------------------------------------------------------------
-
-def show_set(tokens, query=0):
-    """One of recall.make_sets' sets, a token per row, and an arrow from a query to its pair. tokens: (2 pairs, 35)."""
-    pairs = len(tokens) // 2
-    fig, ax = plt.subplots(figsize=(10, 0.3 * len(tokens) + 1.2))
-    image = ax.imshow(array(tokens), cmap="PuOr", vmin=-3, vmax=3, aspect="auto")
-    ax.set_xticks([7.5, 23.5, 33], ["key, 16 numbers", "value, one of 16", "type"])
-    ax.set_yticks([pairs / 2 - 0.5, 1.5 * pairs - 0.5], ["pairs", "queries"])
-    ax.tick_params(length=0)
-    ax.tick_params(axis="y", pad=48)
-    ax.grid(False)
-    for x in (15.5, 31.5):
-        ax.axvline(x, color=BLACK, linewidth=1)
-    ax.axhline(pairs - 0.5, color=BLACK, linewidth=2)
-    ax.annotate("", (-0.6, query), (-0.6, pairs + query), annotation_clip=False,
-                arrowprops=dict(arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.22"))
-    fig.colorbar(image, ax=ax, shrink=0.9)
-    plt.show()
+    runs: {name: (runs, len(x))}; settings: of curves(). Returns the axes."""
+    before = len(ax.get_lines()) if ax else 0
+    means = {name: array(values).mean(axis=0) for name, values in runs.items()}
+    ax = curves(x, means, xlabel, ylabel, markers=False, ax=ax, **settings)
+    for line, values in zip(ax.get_lines()[before:], runs.values()):
+        low, high = array(values).min(axis=0), array(values).max(axis=0)
+        ax.fill_between(array(x), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    return ax
 
 
 def recall_panel(found, numbers, trained=16, ax=None, title=None):
-    """Accuracy against the number of pairs. found: {name: (seeds, len(numbers))}. Lines are means, dots are seeds."""
+    """Accuracy against the number of pairs. Lines are means, dots are seeds.
+
+    found: {name: (seeds, len(numbers))}. Returns the axes."""
     means = {name: array(values).mean(axis=0) for name, values in found.items()}
-    ax = curves(numbers, means, "pairs in a set", "accuracy", ax=ax, xscale="log", ylim=(0, 1.03), xticks=numbers,
-                yticks=[0, 0.25, 0.5, 0.75, 1], levels={"chance": 1 / 16})
+    ax = curves(numbers, means, "pairs in a set", "accuracy", False, ax, numbers,
+                [0, 0.25, 0.5, 0.75, 1], {"chance": 1 / 16}, xscale="log", ylim=(0, 1.03))
     for line, values in zip(ax.get_lines(), found.values()):
-        line.set_marker("")
-        for run in array(values):
-            ax.plot(numbers, run, marker="o", markersize=4, linestyle="", color=line.get_color())
+        ax.plot(numbers, array(values).T, "o", markersize=4, color=line.get_color())
     ax.axvline(trained, color=GREY, linestyle=":", linewidth=1)
     ax.set_title(title or f"trained with {trained} pairs", fontsize=13)
     return ax
 
 
-# ---- Grids of pictures and maps -------------------------------------------------------------------------------------
+# ---- The photograph and the strip ----------------------------------------------------------------
 
-def show_images(images, rows=None, columns=None, title=None, width=0.9, handle=None):
-    """A grid of pictures. images: (R, K, C, S, S) in [-1, 1]; rows, columns: labels; width: inches of a picture.
-
-    handle: IPython's DisplayHandle of an earlier output that the grid replaces.
-    """
-    r, k, c, s, _ = images.shape
-    grid = np.ones((r * (s + 2) - 2, k * (s + 2) - 2, c))
-    for i in range(r):
-        for j in range(k):
-            grid[i * (s + 2):][:s, j * (s + 2):][:, :s] = array((images[i, j].permute(1, 2, 0) + 1) / 2).clip(0, 1)
-    fig, ax = plt.subplots(figsize=(width * k + 1, width * r + 0.5))
-    ax.imshow(grid if c == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_yticks([(s + 2) * i + s / 2 for i in range(len(rows or []))], rows or [])
-    ax.set_xticks([(s + 2) * j + s / 2 for j in range(len(columns or []))], columns or [])
-    clear(ax, ticks=True)
-    ax.xaxis.tick_top()
-    ax.set_title(title)
-    if handle is None:
-        plt.show()
-    else:
-        plt.close(fig)
-        handle.update(fig)
-
-
-def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, signs=(), numbers=None, **imshow):
-    """Heat maps side by side. With vmin and vmax they share one colour bar, else each has its own scale.
-
-    maps: list of (side, side), or of any matrices; query: (row, column), boxed in all; picture: (3, S, S) in [-1, 1];
-    label: of the bar; signs: what stands before each map, such as "+"; numbers: a format such as "{:.2f}" for the cells.
-    """
-    n = len(maps) + (picture is not None)
-    rows, size = math.ceil(n / columns), min(3, 10.8 / columns)
-    fig, axes = plt.subplots(rows, min(n, columns), figsize=(size * min(n, columns) + 0.8, (size + 0.1) * rows), squeeze=False)
-    panels = list(axes.flat)
-    for i, ax in enumerate(panels):
-        clear(ax)
-        ax.set_visible(i < n)
-    if picture is not None:
-        ax = panels.pop(0)
-        show_picture(ax, picture, maps[0].shape[0])
-        ax.set_title("picture and query", fontsize=14)
-        box(ax, query)
-    shared = "vmin" in imshow and "vmax" in imshow
-    for ax, values, title, sign in zip(panels, maps, titles, [*signs, *[""] * len(maps)]):
-        image = ax.imshow(array(values), interpolation="nearest", **imshow)
-        ax.set_title(title, fontsize=14)
-        ax.spines[:].set(visible=True, linewidth=0.8, color="#949494")
-        ax.text(-0.1, 0.5, sign, transform=ax.transAxes, ha="center", va="center", fontsize=22)
-        box(ax, query)
-        for (i, j), value in np.ndenumerate(array(values)) if numbers else []:
-            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=14)
-        if not shared:
-            fig.colorbar(image, ax=ax, shrink=0.8, label=label).ax.tick_params(labelsize=12)
-    if shared:
-        finite = np.concatenate([array(values)[np.isfinite(array(values))] for values in maps])
-        low, high = finite.min() < imshow["vmin"], finite.max() > imshow["vmax"]
-        fig.colorbar(image, ax=axes, shrink=0.8, label=label, pad=0.02,
-                     extend="both" if low and high else "min" if low else "max" if high else "neither")
-    plt.show()
+# Nothing where the weight is zero, then yellow to red; blue where it is negative. In forty steps.
+HEAT = LinearSegmentedColormap.from_list("heat", [
+    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)),
+    (0.5, (1, 1, 1, 0)), (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)),
+    (1.0, (0.85, 0.0, 0.1, 1.0))], N=40)
+TOP = 10                                    # the strip's scale ends at ten times the even weight
 
 
 def clear(ax, ticks=False):
@@ -294,70 +144,350 @@ def clear(ax, ticks=False):
 
 def box(ax, query):
     """A red frame, edged with white, around a token. query: (row, column), or None for no frame."""
-    if query is not None:
-        for colour, width in [("white", 4.5), ("red", 2)]:
-            ax.add_patch(Rectangle((query[1] - 0.5, query[0] - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width))
+    for colour, width in [("white", 4.5), ("red", 2)] if query is not None else []:
+        ax.add_patch(Rectangle((query[1] - 0.5, query[0] - 0.5), 1, 1, fill=False, edgecolor=colour,
+                               linewidth=width))
 
 
-def show_matrices(*lines):
-    """Small matrices of numbers, strings such as "=" between them. lines: lists of 2-D tensors and strings."""
-    def width(part):
-        return 0.4 + 0.18 * len(part) if isinstance(part, str) else 0.75 * part.shape[1] + 0.3
-
-    heights = [max(len(part) for part in line if not isinstance(part, str)) + 0.6 for line in lines]
-    longest = max(sum(width(part) for part in line) for line in lines)
-    _, ax = plt.subplots(figsize=(0.8 * longest, 0.5 * sum(heights)))
-    for line, y in zip(lines, np.cumsum(heights) - np.array(heights) / 2):
-        x = 0.0
-        for part in line:
-            if isinstance(part, str):
-                ax.text(x + width(part) / 2, y, part, ha="center", va="center", fontsize=18)
-            else:
-                for (i, j), number in np.ndenumerate(array(part)):
-                    ax.text(x + 0.5 + 0.75 * j, y - (len(part) - 1) / 2 + i, f"{number:g}", ha="center", va="center", fontsize=15)
-                for edge, inward in [(x + 0.08, 0.12), (x + width(part) - 0.05, -0.12)]:
-                    ax.plot([edge + inward, edge, edge, edge + inward], y + np.array([-1, -1, 1, 1]) * len(part) / 2, color=BLACK,
-                            linestyle="-", linewidth=1.5)
-            x += width(part)
-    ax.set(xlim=(0, longest), ylim=(sum(heights), 0))
+def show_picture(ax, picture, side=SIDE, grey=False):
+    """The photograph under a map of (side, side) tokens. picture: (3, S, S) in [-1, 1]."""
+    pixels = array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1)
+    if grey:                                # few greys make small files
+        pixels = 0.35 + 0.05 * (12 * pixels.mean(2, keepdims=True)).round().repeat(3, axis=2)
+    ax.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5),
+              interpolation="nearest" if grey else "bilinear")
     clear(ax)
+
+
+def outline(ax, mask, colour):
+    """A line, edged with black, around the tokens of a mask (256,)."""
+    fine = np.kron(array(mask).reshape(SIDE, SIDE), np.ones((16, 16)))
+    axis = (np.arange(16 * SIDE) + 0.5) / 16 - 0.5
+    for edge, width in [(BLACK, 4), (colour, 2)]:
+        ax.contour(axis, axis, fine, levels=[0.5], colors=[edge], linewidths=width, linestyles="-")
+
+
+def show_example(ax, ex):
+    """The photograph, the face outlined in yellow, the sky in white, the query in red."""
+    show_picture(ax, ex.picture)
+    outline(ax, ex.face, "#FFD700")
+    outline(ax, ex.sky, "white")
+    box(ax, divmod(ex.query, SIDE))
+    ax.set_title("query (red), face\n(yellow), sky (white)", fontsize=13)
+
+
+def draw_map(ax, row, ex):
+    """One query's weights over the photograph, in multiples of the even weight. row: (256,)."""
+    show_picture(ax, ex.picture, grey=True)
+    image = ax.imshow(array((row / row.abs().sum() * len(row)).view(SIDE, SIDE)), cmap=HEAT,
+                      vmin=-TOP, vmax=TOP, interpolation="nearest")
+    box(ax, divmod(ex.query, SIDE))
+    return image
+
+
+def scale_bar(fig, image, axes, low, **settings):
+    """draw_map's colour bar, from 5 floor(low / 5) on, at least -TOP."""
+    bar = fig.colorbar(image, ax=axes, ticks=range(-TOP, TOP + 1, 5), extend="max", **settings)
+    bar.ax.set_ylim(max(-TOP, 5 * math.floor(low / 5)), TOP)
+    bar.set_label("weight × N (1 = even)", fontsize=13)
+
+
+def show_map(row, title):
+    """The photograph with face, sky and query, and beside it one query's weights. row: (256,)."""
+    ex = example()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3))
+    show_example(left, ex)
+    right.set_title(title, fontsize=14)
+    scale_bar(fig, draw_map(right, row, ex), right, row.min(), shrink=0.9)
     plt.show()
 
 
-def show_products(*lines):
-    """Products of matrices as rectangles, all to one scale. lines: lists of (words, rows, columns, colour) and strings."""
-    _, ax = plt.subplots(figsize=(10.5, 6))
-    heights = [max(part[1] for part in line if not isinstance(part, str)) for line in lines]
-    y, gap = 0, max(heights) / 9
-    for line, height in zip(lines, heights):
-        x = 0
-        for part in line:
-            words, rows, columns, colour = (part, 0, gap * (1 + 0.35 * len(part)), None) if isinstance(part, str) else part
-            if colour:
-                ax.add_patch(Rectangle((x, y + (height - rows) / 2), columns, rows, facecolor=colour, edgecolor=BLACK, linewidth=1.5))
-            ax.text(x + columns / 2, y + height / 2, words, ha="center", va="center", fontsize=16 if colour else 22)
-            x += columns
-        y += height + 2 * gap
-    ax.autoscale_view()
-    ax.set(aspect="equal", ylim=(y - 1.5 * gap, -gap / 2))
-    clear(ax)
+def under(ax, lines):
+    """Lines of text under a picture."""
+    ax.set_xlabel("\n" * len(lines), fontsize=13)       # keeps room for them
+    for i, words in enumerate(lines):
+        ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", ha="center",
+                    textcoords="offset points", va="top", fontsize=13)
+
+
+def strip(maps, ex=None):
+    """The example's query in each of {name: map} on one scale, and its numbers, see shares().
+
+    maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on."""
+    ex = ex or example()
+    rows = {name: m[ex.query] if m.dim() == 2 else m for name, m in maps.items()}
+    lowest = min((len(row) * row.min() / row.abs().sum()).item() for row in rows.values())
+    signed, n = lowest < 0, len(rows) + 1
+    lines = 1 if n < 6 else 2
+    columns = math.ceil(n / lines)
+    fig, axes = plt.subplots(lines, columns, squeeze=False,
+                             figsize=(2.1 * columns + 1, (3.8 if signed else 3.5) * lines))
+    first, *panels = axes.flat
+    show_example(first, ex)
+    above = " above zero" if signed else ""
+    under(first, [f"weight{above} on the face", f"weight{above} on the sky",
+                  *["share below zero"] * signed, "row entropy"])
+    for ax in panels[len(rows):]:
+        ax.set_visible(False)
+    for ax, (name, row) in zip(panels, rows.items()):
+        image, found = draw_map(ax, row, ex), shares(row, ex)
+        ax.set_title(LABELS.get(name, name), fontsize=14, fontweight="bold", pad=20,
+                     color=LOOKS[name][0] if name in LOOKS else BLACK)
+        if name in NAMES + TRAINED:
+            ax.text(0.5, 1.025, "trained" if name in TRAINED else "not trained",
+                    transform=ax.transAxes, ha="center", fontsize=12)
+        under(ax, [f"face {found.face:.0%}", f"sky {found.sky:.1%}",
+                   *[f"negative {found.negative:.0%}"] * signed, f"entropy {found.entropy:.2f}"])
+    scale_bar(fig, image, axes, lowest, shrink=0.75, aspect=12 * lines, pad=0.01)
     plt.show()
 
 
-# ---- Diagrams -------------------------------------------------------------------------------------------------------
+def show_signed(rows, ex=None, top=6):
+    """The photograph, and beside it rows of weights that may be negative, as maps on one scale.
 
-PARTS = {"X": BLACK, "shared projection": BLACK, "routed projection": VIOLET, "kernel": PINK, "differential": ORANGE,
-         "attention": BLUE, "convolution": SKY, "output": BLACK}
+    rows: {title: (256,)}. Each is divided by the sum of its weights above zero."""
+    ex = ex or example()
+    fig, axes = plt.subplots(1, len(rows) + 1, figsize=(2.3 * len(rows) + 3.4, 3.8))
+    show_example(axes[0], ex)
+    under(axes[0], ["above zero, face's share", "above zero, sky's share",
+                    "below zero / above zero"])
+    for ax, (title, row) in zip(axes[1:], rows.items()):
+        image = ax.imshow(array(row).reshape(SIDE, SIDE) * SIDE ** 2 / array(row).clip(0).sum(),
+                          cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+        clear(ax)
+        ax.spines[:].set(visible=True, linewidth=0.8, color=GREY)
+        for mask in (ex.face, ex.sky):
+            outline(ax, mask, "white")
+        box(ax, divmod(ex.query, SIDE))
+        ax.set_title(LABELS.get(title, title), fontsize=14, fontweight="bold",
+                     color=LOOKS[title][0] if title in LOOKS else BLACK)
+        found = shares(row, ex)
+        under(ax, [f"{found.face:.0%}", f"{found.sky:.1%}",
+                   f"{found.negative / (1 - found.negative):.2f}"])
+    bar = fig.colorbar(image, ax=axes, shrink=0.8, aspect=14, pad=0.01, extend="both")
+    bar.set_label("weight × N", fontsize=13)
+    plt.show()
+
+
+# ---- Grids of pictures, maps and choices ---------------------------------------------------------
+
+def show_images(images, rows=None, columns=None, title=None, width=0.9, handle=None):
+    """A grid of pictures. images: (R, K, C, S, S) in [-1, 1]; width: inches of a picture.
+
+    rows, columns: labels. handle: IPython's DisplayHandle of an output that the grid replaces."""
+    r, k, c, s, _ = images.shape
+    grid = np.ones((r * (s + 2), k * (s + 2), c))       # two white pixels between pictures
+    for i, j in np.ndindex(r, k):
+        pixels = array((images[i, j].permute(1, 2, 0) + 1) / 2).clip(0, 1)
+        grid[i * (s + 2):][:s, j * (s + 2):][:, :s] = pixels
+    fig, ax = plt.subplots(figsize=(width * k + 1, width * r + 0.5))
+    ax.imshow(grid[:-2, :-2].squeeze(-1) if c == 1 else grid[:-2, :-2], cmap="gray", vmin=0, vmax=1,
+              interpolation="nearest")
+    ax.set_yticks([(s + 2) * i + s / 2 for i in range(len(rows or []))], rows or [])
+    ax.set_xticks([(s + 2) * j + s / 2 for j in range(len(columns or []))], columns or [])
+    clear(ax, ticks=True)
+    ax.xaxis.tick_top()
+    ax.set_title(title)
+    if handle is None:
+        plt.show()
+    else:
+        plt.close(fig)
+        handle.update(fig)
+
+
+def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, signs=(), numbers=None,
+              **imshow):
+    """Heat maps side by side. With vmin and vmax they share one colour bar, else each has its own.
+
+    maps: list of (side, side), or of any matrices; query: (row, column), boxed in all; picture:
+    (3, S, S) in [-1, 1]; label: of the bar; signs: what stands before each map, such as "+";
+    numbers: a format such as "{:.2f}" for the cells."""
+    n = len(maps) + (picture is not None)
+    columns, size = min(n, columns), min(3, 10.8 / columns)
+    rows = math.ceil(n / columns)
+    fig, axes = plt.subplots(rows, columns, squeeze=False,
+                             figsize=(size * columns + 0.8, (size + 0.1) * rows))
+    panels = list(axes.flat)
+    for i, ax in enumerate(panels):
+        clear(ax)
+        ax.set_visible(i < n)
+    if picture is not None:
+        show_picture(panels[0], picture, maps[0].shape[0])
+        panels[0].set_title("picture and query", fontsize=14)
+        box(panels.pop(0), query)
+    shared = "vmin" in imshow and "vmax" in imshow
+    for ax, values, title, sign in zip(panels, maps, titles, [*signs, *[""] * len(maps)]):
+        image = ax.imshow(array(values), interpolation="nearest", **imshow)
+        ax.set_title(title, fontsize=14)
+        ax.spines[:].set(visible=True, linewidth=0.8, color="#949494")
+        ax.text(-0.1, 0.5, sign, transform=ax.transAxes, ha="center", va="center", fontsize=22)
+        box(ax, query)
+        for (i, j), value in np.ndenumerate(array(values)) if numbers else []:
+            ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=14)
+        if not shared:
+            bar = fig.colorbar(image, ax=ax, shrink=0.8, label=label)
+            bar.ax.tick_params(labelsize=12)
+    if shared:
+        every = np.concatenate([array(values).ravel() for values in maps])
+        low, high = np.nanmin(every) < imshow["vmin"], np.nanmax(every) > imshow["vmax"]
+        fig.colorbar(image, ax=axes, shrink=0.8, label=label, pad=0.02,
+                     extend=["neither", "min", "max", "both"][low + 2 * high])
+    plt.show()
+
+
+def show_set(tokens, query=0):
+    """One of recall.make_sets' sets, a token per row, and an arrow from a query to its pair."""
+    pairs = len(tokens) // 2
+    fig, ax = plt.subplots(figsize=(10, 0.3 * len(tokens) + 1.2))
+    image = ax.imshow(array(tokens), cmap="PuOr", vmin=-3, vmax=3, aspect="auto")
+    clear(ax, ticks=True)
+    ax.set_xticks([7.5, 23.5, 33], ["key, 16 numbers", "value, one of 16", "type"])
+    ax.set_yticks([pairs / 2 - 0.5, 1.5 * pairs - 0.5], ["pairs", "queries"])
+    ax.tick_params(axis="y", pad=48)
+    for x in (15.5, 31.5):
+        ax.axvline(x, color=BLACK, linestyle="-", linewidth=1)
+    ax.axhline(pairs - 0.5, color=BLACK, linestyle="-", linewidth=2)
+    ax.annotate("", (-0.6, query), (-0.6, pairs + query), annotation_clip=False, arrowprops=dict(
+        arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.22"))
+    fig.colorbar(image, ax=ax, shrink=0.9)
+    plt.show()
+
+
+def show_percentages(table, rows, columns, xlabel, title=None, cmap="Blues", limits=(0, 1)):
+    """A table of shares, (R, C) in 0..1, coloured by cmap between the limits; nan is a dash."""
+    _, ax = plt.subplots(figsize=(0.95 * len(columns) + 3.6, 0.52 * len(rows) + 1.0))
+    ax.imshow(array(table), cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
+    for (i, j), share in np.ndenumerate(array(table)):
+        ax.text(j, i, "–" if np.isnan(share) else f"{share:.0%}", ha="center", va="center")
+    clear(ax, ticks=True)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xlabel(xlabel)
+    ax.set_title(title, fontsize=15)
+    plt.show()
+
+
+# What is chosen. Told apart by colour-blind readers, and light enough for text to lie on it.
+CHOICES = ["#6BAED6", "#F2A25C", "#FBF3A8", "#9A9A9A", "#FFFFFF"]
+
+
+def arrow(ax, x, y, colour=BLACK):
+    """An arrow from the origin."""
+    ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2,
+                                                    shrinkA=0, shrinkB=0))
+
+
+def draw_cones(ax, router, extent, tokens=None):
+    """The plane, coloured by what a router of width 2 chooses there, its choices counted from 1.
+
+    Its columns are arrows. With tokens (n, 2) they are left out, and the tokens are dots."""
+    axis = torch.linspace(-extent, extent, 401)
+    plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (401, 401, 2)
+    columns = array(router.weight)
+    ax.imshow(array(router(plane).argmax(dim=-1)), extent=(-extent, extent) * 2, origin="lower",
+              cmap=ListedColormap(CHOICES[:len(columns)]), vmin=-0.5, vmax=len(columns) - 0.5)
+    for i, column in enumerate(columns):
+        length = np.hypot(*column)
+        x, y = column / length * (0.85 * extent if tokens is not None else length + 0.1 * extent)
+        if tokens is None:
+            arrow(ax, *column)
+        if tokens is None or router(torch.tensor([x, y]).float()).argmax() == i:
+            ax.text(x, y, i + 1, ha="center", va="center", fontsize=17)
+    if tokens is not None:
+        ax.plot(*array(tokens).T, "o", color=BLACK, markersize=4, markeredgecolor="white",
+                markeredgewidth=0.7)
+    ticks = range(-extent, extent + 1, extent // 2)
+    ax.set(xlabel="first entry of the token", ylabel="second entry of the token", xticks=ticks,
+           yticks=ticks, xlim=(-extent, extent), ylim=(-extent, extent))
+    ax.grid(False)
+
+
+def draw_arrows(ax, arrows, title, low=0.0):
+    """Arrows from the origin, axes from low to 1; arrow i has one colour. arrows: (n, 2)."""
+    for point, colour in zip(array(arrows), plt.cm.plasma(np.linspace(0, 0.85, len(arrows)))):
+        arrow(ax, *point, colour)
+    for line in (ax.axhline, ax.axvline):
+        line(0, color=GREY, linestyle="-", linewidth=1, zorder=1)
+    ticks = np.arange(low, 1.1, 0.5)
+    ax.set(xlim=(1.1 * low, 1.1), ylim=(1.1 * low, 1.1), aspect="equal", title=title, xticks=ticks,
+           yticks=ticks)
+
+
+# ---- Stills, animations and sliders --------------------------------------------------------------
+
+def pictures_of(draw, values, dpi):
+    """What draw(value) draws for each value, (frames, height, width, 3) uint8. Nothing is shown."""
+    frames = []
+    with mock.patch.object(plt, "show"):        # draw may end with plt.show(), or not
+        for value in values:
+            draw(value)
+            fig = plt.gcf()
+            fig.set_dpi(dpi)
+            fig.canvas.draw()
+            frames.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
+            plt.close(fig)
+    return np.stack(frames)
+
+
+def show_png(first, **settings):
+    """Shows a Pillow picture, or an animation, as a PNG."""
+    file = io.BytesIO()
+    first.save(file, "png", optimize=True, **settings)
+    display.display(display.Image(file.getvalue()))
+
+
+def stills(draw, values, beside=True, dpi=80):
+    """What draw(value) draws for a few values, as one picture: side by side, or in a column."""
+    frames = pictures_of(draw, values, dpi)
+    show_png(Image.fromarray(np.concatenate(frames, axis=1 if beside else 0)))
+
+
+def animation(draw, values, ms=150, rest=1500, colours=128, dpi=80):
+    """What draw(value) draws for many values, as one animated PNG that plays for ever.
+
+    Show stills() of three of the values beside it, since paper doesn't move. All figures must have
+    one size, and axes that stay where they are. ms: milliseconds of each picture; rest: of the last
+    one; colours: of the one palette that all share. Sixteen figures of 7 x 4 inches have 150 KB."""
+    frames = pictures_of(draw, values, dpi)
+    n, height, width, _ = frames.shape
+    column = Image.fromarray(frames.reshape(n * height, width, 3)).quantize(
+        colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    first, *others = [column.crop((0, i * height, width, (i + 1) * height)) for i in range(n)]
+    show_png(first, save_all=True, append_images=others, loop=0, duration=[ms] * (n - 1) + [rest])
+
+
+def slider(function, stills_at=None, **ranges):
+    """The picture that function() draws, and a second copy of it with a slider.
+
+    ranges: one name=(low, high, step). stills_at: three values, of which stills() makes the first
+    picture. That picture is all there is in committed outputs."""
+    (name, _), = ranges.items()
+    if stills_at:
+        stills(lambda value: function(**{name: value}), stills_at)
+    else:
+        function()
+    if not os.environ.get("LAB_STATIC"):    # set by execute.py
+        import ipywidgets
+        ipywidgets.interact(function, **ranges)
+
+
+# ---- Diagrams ------------------------------------------------------------------------------------
+
+PARTS = {"X": BLACK, "shared projection": BLACK, "routed projection": VIOLET, "kernel": PINK,
+         "differential": ORANGE, "attention": BLUE, "convolution": SKY, "output": BLACK}
+SHELL = {"latent": BLACK, "patches": BLACK, "condition": BROWN, "AdaLN": BROWN, "attention": SKY,
+         "Mix-FFN": BLACK, "final layer": BLACK, "noise": BLACK}
 DIM, DIM_TEXT = "#949494", "#767676"        # what is not lit; still to be read on a wall
 
 
 class Sketch:
-    """Boxes and arrows on a figure 11 inches wide; what is not lit is grey and lies below what is."""
+    """Boxes and arrows on a figure 11 inches wide; what isn't lit is grey and below what is."""
 
     def __init__(self, width, height, lit, colours):
         unknown = set(lit) - set(colours)
         if unknown:
-            raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(colours)}")
+            there = ", ".join(colours)
+            raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {there}")
         self.lit, self.colours = set(lit or colours), colours
         _, self.ax = plt.subplots(figsize=(11, 11 * height / width))
         self.ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
@@ -369,49 +499,54 @@ class Sketch:
     def box(self, part, x, y, text, width=1.3, height=0.62, cards=1, size=14):
         """A box centred at (x, y). Several cards are a bank, of which the front card was chosen."""
         colour, on = self.colour(part), part in self.lit
-        face = tuple(1 - (0.08 if colour == BLACK else 0.22) * (1 - c) for c in to_rgb(colour)) if on else (0.97, 0.97, 0.97)
+        pale = 0.08 if colour == BLACK else 0.22
+        face = tuple(1 - pale * (1 - c) for c in to_rgb(colour)) if on else "#F7F7F7"
         for card in reversed(range(cards)):
-            shift = 0.06 * card
+            corner = x - width / 2 + 0.06 * card, y - height / 2 + 0.06 * card
             self.ax.add_patch(FancyBboxPatch(
-                (x - width / 2 + shift, y - height / 2 + shift), width, height, boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor="white" if card else face, edgecolor=colour, linewidth=2.2 if on else 1.2, zorder=3 - 0.1 * card))
+                corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", edgecolor=colour,
+                facecolor="white" if card else face, linewidth=2.2 if on else 1.2,
+                zorder=3 - 0.1 * card))
         self.note(part, x, y, text, fontsize=size)
 
     def circle(self, part, x, y, text):
-        colour, on = self.colour(part), part in self.lit
-        self.ax.add_patch(plt.Circle((x, y), 0.21, facecolor="white", edgecolor=colour, linewidth=2.2 if on else 1.2, zorder=3))
-        self.ax.text(x, y - 0.01, text, ha="center", va="center", fontsize=17, color=colour, zorder=4)
+        self.ax.add_patch(plt.Circle((x, y), 0.21, facecolor="white", edgecolor=self.colour(part),
+                                     linewidth=2.2 if part in self.lit else 1.2, zorder=3))
+        self.note(part, x, y - 0.01, text, fontsize=17, color=self.colour(part))
 
     def arrow(self, part, *points, head=True, colour=None):
-        """A line through the points that ends in a head. colour: another than the part's, where it is lit."""
+        """A line through the points, with a head. colour: another than the part's, where lit."""
         on = part in self.lit
-        settings = dict(color=colour if colour and on else self.colour(part), linewidth=2 if on else 1.2, zorder=2.2 if on else 2)
+        settings = dict(color=colour if colour and on else self.colour(part),
+                        linewidth=2 if on else 1.2, zorder=2.2 if on else 2)
         self.ax.plot(*zip(*points[:-1]), linestyle="-", solid_joinstyle="round", **settings)
-        self.ax.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>" if head else "-", mutation_scale=14,
-                                          shrinkA=0, shrinkB=0, **settings))
+        self.ax.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>" if head else "-",
+                                          shrinkA=0, shrinkB=0, mutation_scale=14, **settings))
 
     def note(self, part, x, y, text, **settings):
         """Words at (x, y), black where the part is lit."""
-        self.ax.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 14, "zorder": 4,
-                                    "color": BLACK if part in self.lit else DIM_TEXT, **settings})
+        plain = dict(ha="center", va="center", fontsize=14, zorder=4,
+                     color=BLACK if part in self.lit else DIM_TEXT)
+        self.ax.text(x, y, text, **{**plain, **settings})
 
 
 def module_diagram(*lit):
-    """Fig. 2(b), the DyDiLA module, with the named PARTS lit; all of them without a name. R: routers, cards: banks."""
+    """Fig. 2(b), the DyDiLA module, with the named PARTS lit; all without a name. R: routers."""
     s = Sketch(12.4, 6.5, lit, PARTS)
     lanes = {"Q": 5.35, "Q'": 4.2, "K": 2.95, "K'": 1.8, "V": 0.45}
-    weights = {"Q": "$W_0^Q$", "Q'": "$W_{u}^Q$", "K": "$W_0^K$", "K'": "$W_{v}^K$", "V": "$W_0^V$"}
+    weights = {"Q": "W_0^Q", "Q'": "W_{u}^Q", "K": "W_0^K", "K'": "W_{v}^K", "V": "W_0^V"}
 
     def router(part, x, y, start):
-        """A small R below the box at (x, y), which hears the token that passes by at x = start."""
+        """A small R below the box at (x, y), which hears the token that passes at x = start."""
         s.box(part, x - 0.25, y - 0.47, "$R$", 0.36, 0.32, size=12)
         s.arrow(part, (start, y), (start, y - 0.47), (x - 0.43, y - 0.47))
 
-    s.box("X", 0.5, lanes["K"], "$X$", 0.7)
+    s.box("X", 0.5, 2.95, "$X$", 0.7)
     for name, y in lanes.items():
-        routed, part = "'" in name, "routed projection" if "'" in name else "shared projection"
-        s.arrow(part, (0.85, lanes["K"]), (1.2, lanes["K"]), (1.2, y), (1.85, y))
-        s.box(part, 2.5, y, weights[name], cards=3 if routed else 1)
+        routed = "'" in name
+        part = "routed projection" if routed else "shared projection"
+        s.arrow(part, (0.85, 2.95), (1.2, 2.95), (1.2, y), (1.85, y))
+        s.box(part, 2.5, y, f"${weights[name]}$", cards=3 if routed else 1)
         if routed:
             router(part, 2.5, y, 1.5)
         if name != "V":
@@ -444,35 +579,36 @@ def module_diagram(*lit):
     s.circle("output", 10.85, 3.8, "$+$")
     s.arrow("output", (11.06, 3.8), (11.3, 3.8))
     s.box("output", 11.78, 3.8, "$W^O$", 0.95)
-    for x, part, text in [(2.5, "routed projection", "projection"), (4.75, "kernel", "measure kernel"), (7.0, "differential", "differential")]:
-        s.note(part, x, 6.25, text, color=s.colour(part) if part in s.lit else DIM_TEXT)
+    for x, part in [(2.5, "routed projection"), (4.75, "kernel"), (7.0, "differential")]:
+        s.note(part, x, 6.25, {2.5: "projection", 4.75: "measure kernel"}.get(x, part),
+               color=s.colour(part) if part in s.lit else DIM_TEXT)
     plt.show()
 
 
-BROWN = "#8C510A"
-SHELL = {"latent": BLACK, "patches": BLACK, "condition": BROWN, "AdaLN": BROWN, "attention": SKY, "Mix-FFN": BLACK,
-         "final layer": BLACK, "noise": BLACK}
-
-
 def transformer_diagram(*lit, title=None):
-    """Fig. 2(a), the transformer, with the named parts of SHELL lit; all without a name. The tokens' path is black."""
+    """Fig. 2(a), the transformer, with the named parts of SHELL lit; all without a name."""
     s = Sketch(13.7, 4.1, lit, SHELL)
     y, bus, top = 1.2, 2.8, 3.5
     s.ax.set_title(title)
-    s.ax.add_patch(FancyBboxPatch((3.2, 0.15), 7.4, 2.3, boxstyle="round,pad=0,rounding_size=0.15", facecolor="#FAFAFA",
-                                  edgecolor="#888888", linewidth=1.5, linestyle="--", zorder=0))
+    s.ax.add_patch(Rectangle((3.2, 0.15), 7.4, 2.3, facecolor="#FAFAFA", edgecolor="#888888",
+                             linewidth=1.5, linestyle="--", zorder=0))
     s.ax.text(5.25, 2.15, "one of L blocks", ha="center", va="center", fontsize=13, color="#555555")
-    stations = [("latent", 0.62, "noisy\nlatent", 1.1), ("patches", 2.2, "patches\n+ positions", 1.5), ("AdaLN", 4.0, "AdaLN", 1.0),
-                ("attention", 5.4, "DyDiLA", 1.15), ("attention", 6.4, "×", 0), ("attention", 7.05, "+", 0), ("AdaLN", 8.0, "AdaLN", 0.95),
-                ("Mix-FFN", 9.1, "Mix-\nFFN", 0.72), ("Mix-FFN", 9.8, "×", 0), ("Mix-FFN", 10.38, "+", 0),
-                ("final layer", 11.5, "AdaLN,\nlinear", 1.2), ("noise", 13.0, "noise,\nvariance", 1.2)]
-    for before, (part, x, text, width) in zip([None, *stations], stations):
-        if before:
-            s.arrow(part, (before[1] + (before[3] / 2 or 0.21), y), (x - (width / 2 or 0.21), y), colour=BLACK)
+    stations = [        # along the tokens' path, which is black: part, x, text, width
+        ("latent", 0.62, "noisy\nlatent", 1.1), ("patches", 2.2, "patches\n+ positions", 1.5),
+        ("AdaLN", 4.0, "AdaLN", 1.0), ("attention", 5.4, "DyDiLA", 1.15),
+        ("attention", 6.4, "×", 0), ("attention", 7.05, "+", 0), ("AdaLN", 8.0, "AdaLN", 0.95),
+        ("Mix-FFN", 9.1, "Mix-\nFFN", 0.72), ("Mix-FFN", 9.8, "×", 0), ("Mix-FFN", 10.38, "+", 0),
+        ("final layer", 11.5, "AdaLN,\nlinear", 1.2), ("noise", 13.0, "noise,\nvariance", 1.2)]
+    reached = None
+    for part, x, text, width in stations:
+        half = width / 2 or 0.21
+        if reached:
+            s.arrow(part, (reached, y), (x - half, y), colour=BLACK)
         if width:
             s.box(part, x, y, text, width, 0.9, size=13)
         else:
             s.circle("AdaLN" if text == "×" else part, x, y, text)
+        reached = x + half
     for start, x, part in [(3.35, 7.05, "attention"), (7.38, 10.38, "Mix-FFN")]:
         s.arrow(part, (start, y), (start, 0.45), (x, 0.45), (x, y - 0.21), colour=BLACK)
     s.box("condition", 1.3, top, "timestep $t$", 1.7)
@@ -487,205 +623,26 @@ def transformer_diagram(*lit, title=None):
     plt.show()
 
 
-# ---- Stills, animations and sliders ---------------------------------------------------------------
+def show_matrices(*lines):
+    """Small matrices of numbers, strings such as "=" between them. lines: lists of 2-D tensors and strings."""
+    def width(part):
+        return 0.4 + 0.18 * len(part) if isinstance(part, str) else 0.75 * part.shape[1] + 0.3
 
-def pictures_of(draw, values, dpi):
-    """What draw(value) draws for each value, (frames, height, width, 3) uint8. Nothing is shown."""
-    frames = []
-    with mock.patch.object(plt, "show"):        # draw may end with plt.show(), or not
-        for value in values:
-            draw(value)
-            fig = plt.gcf()
-            fig.set_dpi(dpi)
-            fig.canvas.draw()
-            frames.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
-            plt.close(fig)
-    return np.stack(frames)
-
-
-def show_png(first, **settings):
-    """Shows a Pillow picture, or an animation, as a PNG."""
-    file = io.BytesIO()
-    first.save(file, "png", optimize=True, **settings)
-    display.display(display.Image(file.getvalue()))
-
-
-def stills(draw, values, beside=True, dpi=80):
-    """What draw(value) draws for a few values, as one picture: side by side, or else in a column."""
-    frames = pictures_of(draw, values, dpi)
-    show_png(Image.fromarray(np.concatenate(frames, axis=1 if beside else 0)))
-
-
-def animation(draw, values, ms=150, rest=1500, colours=128, dpi=80):
-    """What draw(value) draws for many values, as one animated PNG that plays for ever.
-
-    Show stills() of three of the values beside it, since paper doesn't move. All figures must have
-    one size, and axes that stay where they are. ms: milliseconds of each picture; rest: of the last
-    one; colours: of the one palette that all share. Sixteen figures of 7 x 4 inches have 150 KB."""
-    frames = pictures_of(draw, values, dpi)
-    n, height, width, _ = frames.shape
-    column = Image.fromarray(frames.reshape(n * height, width, 3)).quantize(
-        colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    first, *others = [column.crop((0, i * height, width, (i + 1) * height)) for i in range(n)]
-    show_png(first, save_all=True, append_images=others, loop=0, duration=[ms] * (n - 1) + [rest])
-
-
-def slider(function, stills_at=None, **ranges):
-    """The picture that function(name=value) draws, and a slider to move name, over a second copy.
-
-    ranges: one name=(low, high, step). stills_at: three values, of which stills() makes the first
-    picture. That picture is all there is without ipywidgets, and in committed outputs."""
-    (name, (low, high, step)), = ranges.items()
-    default = inspect.signature(function).parameters[name].default
-    start = (low + high) / 2 if default is inspect.Parameter.empty else default
-    if stills_at:
-        stills(lambda value: function(**{name: value}), stills_at)
-    else:
-        function(**{name: start})
-    if os.environ.get("LAB_STATIC"):        # set by execute.py
-        return
-    try:
-        import ipywidgets
-    except ImportError:
-        return
-    whole = all(isinstance(n, int) for n in (low, high, step, start))
-    kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-    ipywidgets.interact(function, **{name: kind(value=start, min=low, max=high, step=step,
-                                                description=name, continuous_update=False)})
-
-
-# ---- Routing (lessons 3 and 2) --------------------------------------------------------------------------------------
-
-CHOICES = ["#8FBCE0", "#F2B48C", "#8FD1B9", "#E7C6DA", "#666666", "#F0E442", "#C9A66B"]     # light, so that text can lie on them
-
-
-def show_choices(choices, names, ex=None, photograph=True):
-    """What each token chose from a bank, beside the photograph if wanted; under each map the shares of the choices.
-
-    choices: {title: (256,) int}; names: a word for each member of the bank.
-    """
-    ex = ex or example()
-    n = len(choices) + photograph
-    fig, axes = plt.subplots(1, n, figsize=(3.0 * n, 4.1))
-    if photograph:
-        show_example(axes[0], ex)
-    for ax, (title, index) in zip(axes[photograph:], choices.items()):
-        ax.imshow(array(index).reshape(SIDE, SIDE), cmap=ListedColormap(CHOICES[:len(names)]), vmin=-0.5,
-                  vmax=len(names) - 0.5, interpolation="nearest")
-        clear(ax)
-        outline(ax, ex.face, "#FFD700")
-        outline(ax, ex.sky, "white")
-        box(ax, divmod(ex.query, SIDE))
-        ax.set_title(title, fontsize=14)
-        load = torch.bincount(index.flatten(), minlength=len(names)) / index.numel()
-        ax.set_xlabel("\n\n", fontsize=13)  # keeps room for what comes
-        for i, (share, colour) in enumerate(zip(load.tolist(), CHOICES)):
-            ax.text((i + 0.5) / len(names), -0.05, f"{share:.0%}", transform=ax.transAxes, ha="center", va="top", fontsize=14,
-                    bbox=dict(facecolor=colour, edgecolor="none", boxstyle="round,pad=0.25"))
-    fig.legend(handles=[Patch(facecolor=colour, label=name) for colour, name in zip(CHOICES, names)],
-               loc="outside lower center", ncols=len(names), fontsize=14, frameon=False)
-    plt.show()
-
-
-def show_cones(router, extent=2.0):
-    """The plane, coloured by what a router (a Router of width 2) chooses there, its columns as arrows, counted from 1."""
-    axis = torch.linspace(-extent, extent, 401)
-    plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)                      # (401, 401, 2)
-    columns = array(router.weight)
-    _, ax = plt.subplots(figsize=(5.4, 5.0))
-    ax.imshow(array(router(plane).argmax(dim=-1)), origin="lower", extent=(-extent, extent) * 2, vmin=-0.5, vmax=len(columns) - 0.5,
-              cmap=ListedColormap(CHOICES[:len(columns)]), interpolation="nearest")
-    for i, (x, y) in enumerate(columns):
-        ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=BLACK, linewidth=2, shrinkA=0, shrinkB=0))
-        length = (x * x + y * y) ** 0.5
-        ax.text(x + 0.18 * x / length, y + 0.18 * y / length, i + 1, ha="center", va="center", fontsize=17)
-    ax.set(xlabel="first entry of the token", ylabel="second entry of the token", aspect="equal",
-           xticks=range(-2, 3), yticks=range(-2, 3))
-    ax.grid(False)
-    plt.show()
-
-
-def show_cells(rows):
-    """Rows of small coloured squares with a word in each. rows: {label: (words, colours)}, colours as int of CHOICES."""
-    longest = max(len(words) for words, _ in rows.values())
-    _, ax = plt.subplots(figsize=(0.62 * longest + 2.2, 0.85 * len(rows) + 0.2))
-    for y, (words, colours) in enumerate(rows.values()):
-        for x, (word, colour) in enumerate(zip(words, colours)):
-            ax.add_patch(Rectangle((x - 0.48, y - 0.36), 0.96, 0.72, facecolor=CHOICES[int(colour)]))
-            ax.text(x, y, word, ha="center", va="center", fontsize=13)
-    ax.set(xlim=(-0.6, longest - 0.4), ylim=(len(rows) - 0.5, -0.5))
+    heights = [max(len(part) for part in line if not isinstance(part, str)) + 0.6 for line in lines]
+    longest = max(sum(width(part) for part in line) for line in lines)
+    _, ax = plt.subplots(figsize=(0.8 * longest, 0.5 * sum(heights)))
+    for line, y in zip(lines, np.cumsum(heights) - np.array(heights) / 2):
+        x = 0.0
+        for part in line:
+            if isinstance(part, str):
+                ax.text(x + width(part) / 2, y, part, ha="center", va="center", fontsize=18)
+            else:
+                for (i, j), number in np.ndenumerate(array(part)):
+                    ax.text(x + 0.5 + 0.75 * j, y - (len(part) - 1) / 2 + i, f"{number:g}", ha="center", va="center", fontsize=15)
+                for edge, inward in [(x + 0.08, 0.12), (x + width(part) - 0.05, -0.12)]:
+                    ax.plot([edge + inward, edge, edge, edge + inward], y + np.array([-1, -1, 1, 1]) * len(part) / 2, color=BLACK,
+                            linestyle="-", linewidth=1.5)
+            x += width(part)
+    ax.set(xlim=(0, longest), ylim=(sum(heights), 0))
     clear(ax)
-    ax.set_yticks(range(len(rows)), list(rows))
-    plt.show()
-
-
-def bands(x, runs, xlabel, ylabel, ax=None, **settings):
-    """The mean of several runs as a line, from the lowest to the highest as a band. runs: {name: (runs, len(x))}.
-
-    settings: what curves() takes. Returns the axes.
-    """
-    before = len(ax.get_lines()) if ax else 0
-    ax = curves(x, {name: array(values).mean(axis=0) for name, values in runs.items()}, xlabel, ylabel, ax=ax, **settings)
-    for line, values in zip(ax.get_lines()[before:], runs.values()):
-        line.set_marker("")
-        ax.fill_between(array(x), array(values).min(axis=0), array(values).max(axis=0), color=line.get_color(), alpha=0.15,
-                        linewidth=0)
-    ax.legend()                             # once more, without the markers
-    return ax
-
-
-def show_arrows(fans, low=0.0):
-    """Arrows from the origin, a panel for each of {title: (n, 2)}, axes from low to 1; arrow i has one colour in all."""
-    _, axes = plt.subplots(1, len(fans), figsize=(3.7 * len(fans), 3.9), sharey=True)
-    for ax, (title, arrows) in zip(axes, fans.items()):
-        for (x, y), colour in zip(array(arrows), plt.cm.plasma(np.linspace(0, 0.85, len(arrows)))):
-            ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=0, shrinkB=0))
-        for line in (ax.axhline, ax.axvline):
-            line(0, color=GREY, linestyle="-", linewidth=1, zorder=1)
-        ax.set(xlim=(1.1 * low, 1.1), ylim=(1.1 * low, 1.1), aspect="equal", xlabel="first entry", title=title,
-               xticks=np.arange(low, 1.1, 0.5), yticks=np.arange(low, 1.1, 0.5))
-    axes[0].set_ylabel("second entry")
-    plt.show()
-
-
-def show_percentages(table, rows, columns, xlabel, title=None, cmap="RdYlBu", limits=(-0.4, 1.4)):
-    """A table of shares, coloured by cmap between the limits. table: (R, C) in 0..1, nan where there is nothing to say."""
-    table = array(table)
-    _, ax = plt.subplots(figsize=(0.95 * len(columns) + 3.6, 0.52 * len(rows) + 1.0))
-    ax.imshow(table, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
-    for (i, j), share in np.ndenumerate(table):
-        ax.text(j, i, "–" if np.isnan(share) else f"{share:.0%}", ha="center", va="center", fontsize=14)
-    clear(ax)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_xlabel(xlabel)
-    ax.set_title(title, fontsize=15)
-    plt.show()
-
-
-# ---- Signed maps (lessons 4 and 5) ----------------------------------------------------------------
-
-def show_signed(rows, ex=None, top=6):
-    """The photograph, and beside it rows of weights that may be negative, as maps on one scale.
-
-    rows: {title: (256,)}. Each is divided by the sum of its weights above zero."""
-    ex = ex or example()
-    fig, axes = plt.subplots(1, len(rows) + 1, figsize=(2.3 * len(rows) + 3.4, 3.8))
-    show_example(axes[0], ex)
-    under(axes[0], ["above zero, face's share", "above zero, sky's share", "below zero / above zero"])
-    for ax, (title, row) in zip(axes[1:], rows.items()):
-        image = ax.imshow(array(row).reshape(SIDE, SIDE) * SIDE ** 2 / array(row).clip(0).sum(),
-                          cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-        clear(ax)
-        ax.spines[:].set(visible=True, linewidth=0.8, color=GREY)
-        for mask in (ex.face, ex.sky):
-            outline(ax, mask, "white")
-        box(ax, divmod(ex.query, SIDE))
-        ax.set_title(LABELS.get(title, title), fontsize=14, fontweight="bold",
-                     color=LOOKS[title][0] if title in LOOKS else BLACK)
-        found = shares(row, ex)
-        under(ax, [f"{found.face:.0%}", f"{found.sky:.1%}",
-                   f"{found.negative / (1 - found.negative):.2f}"])
-    bar = fig.colorbar(image, ax=axes, shrink=0.8, aspect=14, pad=0.01, extend="both")
-    bar.set_label("weight × N", fontsize=13)
     plt.show()

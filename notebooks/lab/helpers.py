@@ -1,54 +1,64 @@
 """What the notebooks share: the check of answers, timing, and the course's one example.
 
-The example is a photograph cut into tokens, with one query on the face, and who attends to whom. Its
-projections are random and shared by Q and K, so that q k^T measures how alike two patches look.
-Nothing in softmax, ReLU and focused attention is trained. What lessons 2 to 5 add is trained here,
-for a second or two, on a small version of the model's own task: clean tokens from noisy ones.
+The example is a photograph cut into tokens, with one query on the face. Q and K share a random
+projection, so that q k^T measures how alike two patches look. What lessons 2 to 5 add is trained
+for seconds on a small version of the model's own task: clean tokens from noisy ones.
 """
 import functools
-import math  # noqa: F401
+import hashlib
 import pathlib
-import statistics
 import sys
 import time
 import types
 import weakref
 
-import matplotlib.pyplot as plt  # noqa: F401
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import cbook
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
-import train  # noqa: E402
+import train  # noqa: E402, F401
 from lab import cost  # noqa: E402, F401
 from lab.eq8 import Divided  # noqa: E402
 from lab.measures import row_entropy, row_variance  # noqa: E402, F401
 
 if torch.cuda.is_available():
     torch.set_default_device("cuda")        # every tensor that a notebook makes is made there
-torch.manual_seed(0)                        # a notebook run from the top draws the same numbers every time
+torch.manual_seed(0)                        # a notebook run from the top draws the same numbers
+
+
+def fingerprint(number):
+    """What a check stores in place of a number, three digits of which count."""
+    return "#" + hashlib.sha256(f"{float(number):.3g}".encode()).hexdigest()[:6]
 
 
 def check(number, answer, expected, tolerance=1e-3):
-    """Says whether an exercise's answer is right. answer, expected: numbers, tensors, strings or lists; ... is none."""
-    if answer is ...:
-        return print(f"Exercise {number}: not answered yet. Put your answer in place of the ... above.")
+    """Says whether an exercise's answer is right.
+
+    answer, expected: numbers, tensors or lists. An answer of ... is none. expected may be a
+    fingerprint, so that the cell doesn't give the answer away."""
     try:
-        right = (answer == expected if isinstance(expected, str) else
-                 bool(np.allclose(*(torch.as_tensor(x).cpu() for x in (answer, expected)), rtol=tolerance, atol=tolerance * 1e-2)))
+        if answer is ...:
+            verdict = "not answered yet. Put your answer in place of the ... above."
+        elif isinstance(expected, str):
+            verdict = "right." if fingerprint(answer) == expected else "not right yet."
+        else:
+            answer, expected = (torch.as_tensor(x).cpu() for x in (answer, expected))
+            same = np.allclose(answer, expected, rtol=tolerance, atol=tolerance * 1e-2)
+            verdict = "right." if same else "not right yet."
     except (TypeError, ValueError):         # another shape, or no number at all
-        right = False
-    print(f"Exercise {number}: " + ("right." if right else "not right yet."))
+        verdict = "not right yet."
+    print(f"Exercise {number}: {verdict}")
 
 
 def median_ms(functions, repeats=7):
-    """Median milliseconds of each of {name: function}, called in turn so that a busy machine slows all of them."""
+    """Median milliseconds of each of {name: function}, called in turn on a busy machine."""
     times = {name: [] for name in functions}
     for i in range(repeats + 1):
         for name, function in functions.items():
@@ -58,7 +68,7 @@ def median_ms(functions, repeats=7):
                 torch.cuda.synchronize()
             if i:                           # the first round warms up
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: float(np.median(t)) for name, t in times.items()}
 
 
 class Allocations(TorchDispatchMode):
@@ -69,8 +79,7 @@ class Allocations(TorchDispatchMode):
         self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        for storage in storages((args, kwargs)):
-            self.known.add(storage)         # was there before, or was counted when it was made
+        self.known.update(storages((args, kwargs)))     # were there before, or are counted already
         out = operation(*args, **(kwargs or {}))
         for storage in storages(out):
             if storage not in self.known:   # neither a view nor an in-place result
@@ -89,69 +98,76 @@ def storages(tree):
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 
-SIDE, WIDTH, NOISE = 16, 64, 0.5            # patches along a side; d; standard deviation of the noise on a feature
-QUERY = (5, 7)                              # row and column of the query's patch, on the face beside the nose
-NAMES = ["softmax", "ReLU", "focused", "dynamic", "differential", "convolution"]    # in the order of the lessons
-TRAINED = [*NAMES[3:], "projected"]         # projected: routed projections as Q, K themselves, the differential's control
+# ---- The example ---------------------------------------------------------------------------------
+
+SIDE, WIDTH = 16, 64                        # patches along a side; d
+QUERY = (5, 7)                              # row and column of the query, on the face by the nose
+NAMES = ["softmax", "ReLU", "focused", "dynamic", "differential", "convolution"]
+TRAINED = [*NAMES[3:], "projected"]         # projected: routed projections as Q and K themselves
 
 
 def photo(size=64):
-    """A photograph that matplotlib brings along, Rear Admiral Grace Hopper. (1, 3, size, size) in [-1, 1]."""
+    """Rear Admiral Grace Hopper, whom matplotlib brings along. (1, 3, size, size) in [-1, 1]."""
     with cbook.get_sample_data("grace_hopper.jpg") as file:
-        return train.pixels(train.read_image(file.name, size)[None]).to(torch.get_default_device())
+        image = Image.open(file).convert("RGB")             # 512 x 600
+    while image.width > size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    top = (image.height - size) // 2
+    return torch.tensor(np.array(image)[None, top:top + size]).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def features(picture):
-    """Twelve numbers for each of 256 patches: colour and contrast (3 channels each), of the patch and around it.
-
-    picture: (1, 3, 64, 64). Returns (256, 12), each feature centred and scaled, then each token brought to one length.
-    """
+    """Twelve numbers for each of 256 patches, as in lesson 1. (1, 3, 64, 64) -> (256, 12)."""
     patches = F.unfold(picture, kernel_size=4, stride=4).view(3, 16, SIDE, SIDE)
-    own = torch.cat([patches.mean(dim=1), patches.std(dim=1)])                          # (6, 16, 16)
+    own = torch.cat([patches.mean(dim=1), patches.std(dim=1)])              # (6, 16, 16)
     around = F.avg_pool2d(F.pad(own[None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
-    x = torch.cat([own, around]).flatten(1).T                                           # (256, 12)
-    x = (x - x.mean(dim=0)) / x.std(dim=0)
-    return x.shape[1] ** 0.5 * F.normalize(x, dim=1)                                    # as after a LayerNorm
+    x = torch.cat([own, around]).flatten(1).T                               # (256, 12)
+    return x.shape[1] ** 0.5 * F.normalize((x - x.mean(dim=0)) / x.std(dim=0), dim=1)
 
 
 def example(seed=0):
     """The photograph as tokens, with random weights of the seed. A namespace of
 
-    picture (3, 128, 128) in [-1, 1], to look at; features (256, 12) and tokens x (256, 64), to compute with;
-    embed (12, 64), w_qk and w_v (64, 64): the embedding, and the projections of Q and K (one for both) and of V;
-    q, k, v (256, 64); query, the query token's number; face, sky: (256,) bool, the tokens on either.
-    """
-    with torch.device("cpu"), torch.random.fork_rng():      # the same weights everywhere, and nobody's seed disturbed
+    picture (3, 128, 128) in [-1, 1], to look at; features (256, 12) and tokens (256, 64), to
+    compute with; embed (12, 64), w_qk and w_v (64, 64), the projections of Q and K (one for both)
+    and of V; q, k, v (256, 64); query, its number; face, sky (256,) bool, the tokens on either."""
+    with torch.device("cpu"), torch.random.fork_rng():      # the same everywhere, no seed disturbed
         torch.manual_seed(seed)
         embed = torch.randn(12, WIDTH) / 12 ** 0.5
-        w_qk, w_v = (torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0] for _ in range(2))   # they keep lengths and angles
+        w_qk, w_v = (torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0] for _ in range(2))   # rotations
         face, sky = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
         face[3:9, 5:11], sky[:9, 12:] = True, True
         face[8, [5, 10]] = False                            # the corners of the chin
-    embed, w_qk, w_v, face, sky = (t.to(torch.get_default_device()) for t in (embed, w_qk, w_v, face, sky))
     seen = features(photo(64))
+    embed, w_qk, w_v, face, sky = (t.to(seen.device) for t in (embed, w_qk, w_v, face, sky))
     x = seen @ embed
-    return types.SimpleNamespace(picture=photo(128)[0], features=seen, tokens=x, embed=embed, w_qk=w_qk, w_v=w_v,
-                                 q=x @ w_qk, k=x @ w_qk, v=x @ w_v, query=QUERY[0] * SIDE + QUERY[1],
-                                 face=face.flatten(), sky=sky.flatten(), seed=seed)
+    return types.SimpleNamespace(
+        picture=photo(128)[0], features=seen, tokens=x, embed=embed, w_qk=w_qk, w_v=w_v, q=x @ w_qk,
+        k=x @ w_qk, v=x @ w_v, query=QUERY[0] * SIDE + QUERY[1], face=face.flatten(),
+        sky=sky.flatten(), seed=seed)
+
+
+def noisy(ex, copies, sigma=0.5):
+    """The example's tokens with noise on their features. (copies, 256, 64)."""
+    return (ex.features + sigma * torch.randn(copies, *ex.features.shape)) @ ex.embed
 
 
 class Attention(nn.Module):
-    """One kind of attention on the example's projections, from the library's parts. name: of NAMES or TRAINED."""
+    """One kind of attention on the example's projections. name: of NAMES or TRAINED."""
 
     def __init__(self, name, ex):
         super().__init__()
         self.name, self.w_qk = name, ex.w_qk
+        second = name in ("differential", "convolution")    # has the second pair, Q' and K'
         if name in TRAINED:
-            self.kernel = dydilit.DynamicMeasureKernel(WIDTH, 5, 2 if name in ("dynamic", "projected") else 4)
-        if name in TRAINED[1:]:
+            self.kernel = dydilit.DynamicMeasureKernel(WIDTH, 5, 4 if second else 2)
+        if second or name == "projected":
             self.projection = dydilit.DynamicProjection(WIDTH, 3)
-        if name in ("differential", "convolution"):
-            # Nothing follows that could learn the size of the output, so it has to be an average of the values.
+        if second:          # nothing follows that learns the output's size, so it has to average
             self.differential = Divided.of(dydilit.TokenDifferential(WIDTH, 5), "mass")
         if name == "convolution":
             self.dwc = dydilit.ReparamDWConv(WIDTH)
-            for weight in self.dwc.parameters():            # small beside the attention, to begin with
+            for weight in self.dwc.parameters():            # small at first, beside the attention
                 weight.data *= 0.1
 
     def forward(self, x, v):
@@ -159,55 +175,42 @@ class Attention(nn.Module):
         q = k = x @ self.w_qk
         if self.name == "softmax":
             return dydilit.softmax_attention(q, k, v)
-        if self.name == "ReLU":
-            return dydilit.linear_attention(q.relu(), k.relu(), v)
-        if self.name == "focused":
-            return dydilit.linear_attention(dydilit.focused_kernel(q, 3.0), dydilit.focused_kernel(k, 3.0), v)
-        if self.name == "dynamic":
-            return dydilit.linear_attention(*self.kernel(q, k), v)
-        if self.name == "projected":
-            return dydilit.linear_attention(*self.kernel(*self.projection(x)), v)
-        q_red, k_red = self.projection(x)
-        out = self.differential(*self.kernel(q, q_red, k, k_red), v)
-        if self.name == "convolution":
-            weights = self.dwc.kernel()                     # (d, 1, 3, 3); the identity's columns get the channels' mean
-            out = out + dydilit.depthwise(v, weights if v.shape[-1] == WIDTH else
-                                          weights.mean(dim=0, keepdim=True).expand(v.shape[-1], -1, -1, -1))
-        return out
-
-
-def noisy(ex, copies, sigma=NOISE):
-    """The example's tokens with noise on their features. (copies, 256, 64)."""
-    return (ex.features + sigma * torch.randn(copies, *ex.features.shape, device=ex.features.device)) @ ex.embed
-
-
-def attention(name, seed=0, steps=200):
-    """An Attention, trained if it has weights to train. The same name gives the same module again."""
-    return trained(name, seed, steps)
+        if self.name in ("ReLU", "focused"):
+            q = k = q.relu() if self.name == "ReLU" else dydilit.focused_kernel(q, 3.0)
+        elif self.name in ("dynamic", "projected"):
+            q, k = self.kernel(*(self.projection(x) if self.name == "projected" else (q, k)))
+        else:
+            q_red, k_red = self.projection(x)
+            out = self.differential(*self.kernel(q, q_red, k, k_red), v)
+            if self.name == "convolution":                  # for a map all columns get the mean
+                weights, e = self.dwc.kernel(), v.shape[-1]                 # (d, 1, 3, 3)
+                out = out + dydilit.depthwise(v, weights if e == WIDTH else
+                                              weights.mean(0, keepdim=True).expand(e, -1, -1, -1))
+            return out
+        return dydilit.linear_attention(q, k, v)
 
 
 @functools.cache
-def trained(name, seed, steps):
-    """attention's work, done once for each of its arguments."""
+def attention(name, seed=0):
+    """An Attention, trained if it has weights to train; the same one for the same arguments."""
     ex = example(seed)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         module = Attention(name, ex)
-        if name in TRAINED:
-            optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-            for _ in range(steps):
-                x = noisy(ex, copies=2)
-                loss = (module(x, x @ ex.w_v) - ex.v).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-2) if name in TRAINED else None
+        for _ in range(200 if optimizer else 0):
+            x = noisy(ex, copies=2)
+            loss = (module(x, x @ ex.w_v) - ex.v).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return module.requires_grad_(False)
 
 
 def attention_maps(*names, seed=0):
-    """{name: (256, 256)}, a row per query. With the identity as values, an attention's output is its map."""
+    """{name: (256, 256)}, a row per query. With the identity as V, attention returns its map."""
     ex = example(seed)
-    identity = torch.eye(SIDE * SIDE, device=ex.tokens.device)[None]
+    identity = torch.eye(SIDE * SIDE)[None]
     with torch.no_grad():
         return {name: attention(name, seed)(ex.tokens[None], identity)[0] for name in names}
 
@@ -215,10 +218,10 @@ def attention_maps(*names, seed=0):
 def shares(row, ex):
     """The strip's numbers of one query's weights, row (256,), a namespace of
 
-    face, sky: what they have of all weight above zero; negative: the part of |weight| that lies below zero;
-    net: what the face has of the sum of all weights; entropy: of |weight|, from 0 to 1.
-    """
-    above = row.clamp_min(0) / row.clamp_min(0).sum()
-    negative = row.clamp_max(0).sum().abs() / row.abs().sum()
-    return types.SimpleNamespace(face=above[ex.face].sum().item(), sky=above[ex.sky].sum().item(), negative=negative.item(),
-                                 net=(row[ex.face].sum() / row.sum()).item(), entropy=row_entropy(row.abs() / row.abs().sum()).item())
+    face, sky: what they have of all weight above zero; negative: the part of |weight| below zero;
+    net: what the face has of the sum of all weights; entropy: of |weight|, from 0 to 1."""
+    above, size = row.clamp_min(0) / row.clamp_min(0).sum(), row.abs() / row.abs().sum()
+    return types.SimpleNamespace(
+        face=above[ex.face].sum().item(), sky=above[ex.sky].sum().item(),
+        negative=size[row < 0].sum().item(), net=(row[ex.face].sum() / row.sum()).item(),
+        entropy=row_entropy(size).item())
