@@ -90,12 +90,12 @@ def dots(found, xlabel, looks, ax=None, **settings):
 
 # ---- Measuring (lesson 10) ----------------------------------------------------------------------
 
-def number_table(rows, columns, values, badness, forms, ends=("as real", "worst")):
+def number_table(rows, columns, values, badness, forms):
     """A table of numbers, each on a blue that is the darker, the nearer its badness is to 1.
 
-    values, badness: (rows, columns); forms: a format per column; ends: words for 0 and 1."""
-    fig, ax = plt.subplots(figsize=(0.9 * len(columns) + 2.9, 0.5 * len(rows) + 1.1))
-    image = ax.imshow(badness, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
+    values, badness: (rows, columns); forms: a format per column."""
+    ax = plt.subplots(figsize=(0.9 * len(columns) + 2.9, 0.5 * len(rows) + 0.6))[1]
+    ax.imshow(badness, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
     for (i, j), dark in np.ndenumerate(badness):
         ax.text(j, i, forms[j].format(values[i][j]), ha="center", va="center", fontsize=14,
                 color="white" if dark > 0.7 else BLACK)
@@ -103,10 +103,6 @@ def number_table(rows, columns, values, badness, forms, ends=("as real", "worst"
     ax.set_xticks(range(len(columns)), columns, fontsize=14)
     ax.set_yticks(range(len(rows)), rows, fontsize=14)
     ax.xaxis.tick_top()
-    if ends:
-        bar = fig.colorbar(image, ax=ax, orientation="horizontal", aspect=40, shrink=0.5, pad=0.02)
-        bar.set_ticks([0, 1], labels=ends)
-        bar.ax.set_xlim(0, 1)
     plt.show()
 
 
@@ -196,8 +192,7 @@ def forest(table, words, key, units, xlabel):
 def paired_tiles(picture):
     """A picture's 16 tiles in eight couples, most alike first, each as a strip (3, 4, 14).
 
-    A strip has the tile, its partner, and where they agree: white in all three colours, black in
-    none."""
+    A strip has the tile, its partner, and where they agree, white in all colours, black in none."""
     tiles = twins.to_tiles(picture[None].sign())[0]                         # (16, 3, 4, 4)
     alike, strips = tiles.flatten(1) @ tiles.flatten(1).T, []
     alike.fill_diagonal_(-100)
