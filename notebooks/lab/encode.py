@@ -4,8 +4,8 @@
     python notebooks/lab/encode.py --data IMAGENET/train --classes 100 --out DIR
     python train.py --data DIR --model DyDi-LiT-S/2
 
---classes 100 picks 100 random classes, as the paper's Sub-IN does. Stopped at any moment, the same
-command goes on.
+--classes 100 picks 100 random classes, as the paper's Sub-IN does. A command that was
+stopped goes on when it is repeated.
 """
 import argparse
 import hashlib
@@ -25,9 +25,7 @@ from train import Problem, read_images  # noqa: E402
 def pick_classes(root, count=None, seed=0):
     """A folder's images, or those of so many random classes: paths, labels (M,), classes' names."""
     paths, labels, names = train.image_folder(root)
-    if count is None:
-        return paths, labels, names
-    if count > len(names):
+    if (count := count or len(names)) > len(names):
         raise Problem(f"--classes {count}: {root} has {len(names)}")
     picked = np.sort(np.random.default_rng(seed).choice(len(names), count, replace=False))
     inside = np.isin(labels, picked)
@@ -44,10 +42,9 @@ def encoded_so_far(out, about):
         return 0
     with train.blaming(state, "choose another --out"):
         before = json.loads(state.read_text())
-        different = [key for key, value in about.items() if before[key] != value]
+        different = ", ".join(key for key, value in about.items() if before[key] != value)
         if before["done"] and different:
-            raise Problem(f"{out}: holds another encoding ({', '.join(different)} differ); choose "
-                          "another --out")
+            raise Problem(f"{out}: another encoding ({different} differ); choose another --out")
         return before["done"]
 
 
@@ -67,9 +64,9 @@ def encode(args):
     out, device = pathlib.Path(args.out), train.pick_device()
     paths, labels, names = pick_classes(args.data, args.classes, args.seed)
     files = "\n".join(str(path.relative_to(args.data)) for path in paths)
-    about = dict(files_sha256=hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
-                 total=len(paths), names=names, seed=args.seed, image_size=args.image_size,
-                 vae=args.vae)
+    files = hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest()
+    about = dict(files_sha256=files, total=len(paths), names=names, seed=args.seed,
+                 image_size=args.image_size, vae=args.vae)
 
     def note(done):
         with train.replacing(out / "latents.json", "w") as file:
@@ -88,7 +85,7 @@ def encode(args):
             np.save(file, labels)
         reserve(out / "latents.npy", (len(paths), *shape))
     store = np.load(out / "latents.npy", mmap_mode="r+")
-    for start in tqdm(range(done, len(paths), args.batch_size), "encoding", unit="batch"):
+    for start in tqdm(range(done, len(paths), args.batch_size), "encoding", disable=None):
         some = range(start, min(start + args.batch_size, len(paths)))
         chunk = read_images([paths[i] for i in some], args.image_size, disable=True)
         x = train.pixels(chunk).to(device)

@@ -284,17 +284,15 @@ def reference(argv):
     if built_in and args.classes:
         raise Problem(f"--classes {args.classes}: only of a folder; leave it away")
     with train.replacing(args.out) as file:         # opened before the images are read
-        if built_in:
-            data = train.load_data(args)
-            source, labels = data.images, data.labels
-        else:
-            source, labels, _ = pick_classes(args.data, args.classes, args.seed)
-        if args.num and args.num > len(labels):
-            raise Problem(f"--num {args.num}: the data has {len(labels)} images")
-        pick = np.sort(np.random.default_rng(args.seed).permutation(len(labels))[:args.num])
-        images = source[pick] if built_in else train.read_images([source[i] for i in pick],
-                                                                 args.image_size or 32)
-        np.savez(file, arr_0=images, arr_1=labels[pick])
+        data = train.load_data(args) if built_in else train.Data(
+            *pick_classes(args.data, args.classes, args.seed), args.image_size or 32)
+        total = len(data.labels)
+        if args.num and args.num > total:
+            raise Problem(f"--num {args.num}: the data has {total} images")
+        pick = np.sort(np.random.default_rng(args.seed).permutation(total)[:args.num])
+        images = data.images[pick] if built_in else train.read_images(
+            [data.images[i] for i in pick], data.image_size)
+        np.savez(file, arr_0=images, arr_1=data.labels[pick])
     print(f"{args.out}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
 
 
