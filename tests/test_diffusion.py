@@ -119,7 +119,7 @@ def test_losses_by_hand_and_the_variational_trains_the_variance_alone():
     batch = list(zip(STEPS.tolist(), output, x0, x_t))
     clipped = diffusion.variational_term(output, x0, x_t, STEPS, clip_x0=True)
     for found, clip in [(losses["variational"], False), (clipped, True)]:
-        assert found.tolist() == pytest.approx([bits(*each, clip) for each in batch], rel=2e-3)
+        assert found.tolist() == pytest.approx([bits(*each, clip) for each in batch], rel=5e-4)
     gradient, = torch.autograd.grad(losses["variational"].sum(), output)
     assert not gradient[:, :2].any() and gradient[:, 2:].all()
 
@@ -149,24 +149,23 @@ def test_respacing_is_even_and_keeps_both_ends(steps):
     assert spaced.respace(1).timesteps.tolist() == [999]    # also of a process that was respaced
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("clip, drawn", [
+    (False, {}), (True, dict(randn_like=lambda x: torch.randn_like(x) / 2))])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_samples_are_those_of_the_formulas(steps, sampler, clip, capsys):
+def test_samples_are_those_of_the_formulas(steps, sampler, clip, drawn, capsys):
     """DDIM: Eq. 12 of its paper with sigma = 0."""
     def model(x, t):
         asked.append(t.tolist())
         wave = torch.sin(x + t.view(-1, 1, 1, 1))
-        return torch.cat([0.3 * x + wave, wave], dim=1).bfloat16()
-    def half_randn_like(x):
-        return torch.randn_like(x) / 2
-    asked, x, other = [], images(), dict(randn_like=half_randn_like) if clip else {}
+        return torch.cat([weight * x + wave, wave], dim=1).bfloat16()
+    asked, x, weight = [], images(), torch.tensor(0.3, requires_grad=True)
     torch.manual_seed(1)
-    got = GaussianDiffusion().sample(model, x, steps, sampler, clip, progress=False, **other)
-    assert got.dtype == torch.float32 and capsys.readouterr().err == ""
+    got = GaussianDiffusion().sample(model, x, steps, sampler, clip, progress=False, **drawn)
+    assert got.dtype == torch.float32 and not got.requires_grad and not capsys.readouterr().err
     timesteps = dydilit.respaced_timesteps(T, steps)
     assert asked == [[t] * len(x) for t in timesteps[::-1]]
-    bars, randn_like = [BARS[t] for t in timesteps], half_randn_like if clip else torch.randn_like
+    bars, randn_like = [BARS[t] for t in timesteps], drawn.get("randn_like", torch.randn_like)
     torch.manual_seed(1)
     for i in reversed(range(steps)):
         outputs = model(x, torch.full((len(x),), timesteps[i])).float()
