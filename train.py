@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -89,11 +91,11 @@ class Parser(argparse.ArgumentParser):
         raise Problem(f"{message}; {self.prog} --help lists what there is")
 
 
-def positive(text):
-    """A type for argparse: a whole number from 1 on."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+def positive(text, most=2**31):
+    """A type for argparse: a whole number from 1 to the most that there may be."""
+    if not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not in 1..{most}")
+    return int(text)
 
 
 def override(text):
@@ -104,7 +106,7 @@ def override(text):
     return name, value
 
 
-SMALL_MODEL = "DyDi-LiT-XS/4"
+SMALL_MODEL, thousand = "DyDi-LiT-XS/4", functools.partial(positive, most=1000)
 KNOBS = {   # default of the small model (minutes on a CPU), of the others (the paper's), type, help
     "steps": (4000, 100_600, positive, "optimizer steps"),
     "batch_size": (16, 256, positive, "images per step, over all processes"),
@@ -115,7 +117,7 @@ KNOBS = {   # default of the small model (minutes on a CPU), of the others (the 
     "log_loss": (1, 0, int, "1: minimize the log of each image's loss, 0: the loss"),
     "ema": (0.998, 0.9999, float, "decay of the weights' average, which gets sampled; less early"),
     "cfg": (1.5, 4.0, float, "guidance scale of the sample grids"),
-    "sampling_steps": (50, 250, positive, "denoising steps of the sample grids"),
+    "sampling_steps": (50, 250, thousand, "denoising steps of the sample grids"),
     "log_every": (50, 50, positive, "steps between lines of log.csv"),
     "save_every": (300, 1000, positive, "steps between checkpoints"),
     "sample_every": (2000, 10_000, positive, "steps between sample grids"),
@@ -149,7 +151,7 @@ def arguments(argv):
     add("--out", help="the .png to write, or with --num the .npz; default: in the run's folder")
     add("--num", type=positive, help="write so many samples, evenly over the classes, as an .npz")
     add("--classes", help="numbers, with commas; default: ten for a grid, all for --num")
-    add("--steps", type=positive, help="denoising steps, at most 1000; default: as in training")
+    add("--steps", type=thousand, help="denoising steps; default: as in training")
     add("--cfg", type=float, help="guidance scale; default: as in training")
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ancestral or deterministic")
     add("--batch-size", type=positive, default=50, help="images per pass; default: %(default)s")
@@ -429,6 +431,11 @@ def autocast(device):
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
+def mixed(*numbers):
+    """A seed that depends on all these numbers. Of one seed, torch's CPU generator heeds 32 bits."""
+    return zlib.crc32(str(numbers).encode())
+
+
 @torch.no_grad()
 def generate(model, labels, steps, cfg, sampler="ddpm", seed=0, vae=None, batch_size=50, first=0):
     """One sample per label, (M, H, W, 3) uint8. vae: what decodes them, if they are latents.
@@ -437,8 +444,8 @@ def generate(model, labels, steps, cfg, sampler="ddpm", seed=0, vae=None, batch_
     device, images = model.pos_embed.device, []
     diffusion, shape = dydilit.GaussianDiffusion().to(device), 2 * [model.cfg.input_size]
     for y in torch.tensor(labels, device=device).split(batch_size):
-        seeds = [seed * 2**32 + first + i for i in range(len(images), len(images) + len(y))]
-        own = [torch.Generator(device).manual_seed(each) for each in seeds]
+        numbers = range(first + len(images), first + len(images) + len(y))
+        own = [torch.Generator(device).manual_seed(mixed(seed, number)) for number in numbers]
 
         def randn_like(x):
             return torch.stack([torch.randn(x.shape[1:], generator=g, device=device) for g in own])
@@ -507,8 +514,6 @@ class Training:
         self.device, self.main = pick_device(args.device), self.rank == 0
         if args.batch_size % (self.world * args.accumulate):
             raise Problem(f"--batch-size: no multiple of --accumulate x {self.world} processes")
-        if self.main and not self.checkpoint.exists() and any(folder.glob("[!.]*")):
-            raise Problem(f"{folder}: files, but no checkpoint; choose another --run")
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if not self.main:                               # it waits for the first one's download
@@ -524,8 +529,9 @@ class Training:
             data.images = read_images(data.images, data.image_size)
         self.model = dydilit.DyDiLiT(cfg, parts).to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, (0.9, args.beta2),
-                                           weight_decay=0, fused=True)
+        with blaming("--lr, --beta2", "see train --help", ValueError):
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, (0.9, args.beta2),
+                                               weight_decay=0, fused=True)
         self.diffusion = dydilit.GaussianDiffusion().to(self.device)
         # The lines of log.csv, and each step's sums since the last one: losses, processes to stop.
         self.step, self.log, self.window, self.stop = 0, [], [], False
@@ -594,15 +600,14 @@ class Training:
         Everything random in it comes from the seed and the step's number. So a resumed run needs no
         generator's state, and any number of processes sees the same images and the same noise."""
         args, size = self.args, self.args.batch_size
-        seed = (args.seed * 2**32 + self.step) % 2**62
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(mixed(args.seed, self.step))
         index = torch.randint(len(self.data.labels), (size,), generator=generator)
         x, y = self.data.batch(index, torch.rand(size, generator=generator) < 0.5)
         # A batch's timesteps are spread evenly, one in each of `size` equal parts of 0..999.
         t = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)
         t = (t / size * 1000).long().clamp(max=999)
         noise = torch.randn(x.shape, generator=generator)
-        torch.manual_seed((seed * self.world + self.rank) % 2**63)          # for the label dropout
+        torch.manual_seed(mixed(args.seed, self.step, self.rank))           # for the label dropout
         self.model.train()
         sums = torch.zeros(4, device=self.device)
         sums[3] = self.stop
@@ -667,22 +672,38 @@ class Training:
             print(f"{name} is left out: {error}")
 
 
+def check_folder(folder, lock, data):
+    """Keeps a run's folder to this process until the file `lock` is closed, be it by kill -9."""
+    with contextlib.suppress(ImportError):              # Windows has no such locks
+        import fcntl
+        with blaming(folder, "another process is at work in it", BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not (folder / "checkpoint.pt").exists() and any(folder.glob("[!.]*")):
+        raise Problem(f"{folder}: files, but no checkpoint; choose another --run")
+    if folder.resolve().is_relative_to(data.resolve()):
+        print(f"{folder} lies in --data; it is no class")
+
+
 def train(args, parts):
     """Trains until --steps, from the run's last checkpoint if there is one."""
     folder = pathlib.Path(args.run or "runs/" + pathlib.Path(args.data).resolve().name)
-    run = Training(args, parts, folder)
-    if run.checkpoint.exists():
-        run.resume()
-    run.run()
-    finished = run.step >= args.steps
-    if finished and run.main:
-        run.write(folder / "model.pt", torch.half)
-        run.grid("samples.png")
-        with replacing(folder / "loss.png") as file:
-            save_curve(file, run.log)
-        print(f"{folder}: trained for {run.step} steps; look at samples.png and loss.png")
-    elif run.main:
-        print(f"{run.checkpoint}: saved at step {run.step}; repeat the command")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        if os.environ.get("RANK", "0") == "0":
+            check_folder(folder, lock, pathlib.Path(args.data))
+        run = Training(args, parts, folder)
+        if run.checkpoint.exists():
+            run.resume()
+        run.run()
+        finished = run.step >= args.steps
+        if finished and run.main:
+            run.write(folder / "model.pt", torch.half)
+            run.grid("samples.png")
+            with replacing(folder / "loss.png") as file:
+                save_curve(file, run.log)
+            print(f"{folder}: trained for {run.step} steps; look at samples.png and loss.png")
+        elif run.main:
+            print(f"{run.checkpoint}: saved at step {run.step}; repeat the command")
     if run.world > 1:
         dist.destroy_process_group()
     if not finished:
