@@ -11,7 +11,7 @@ import torch
 
 import dydilit
 import train
-from lab import ladder, measures
+from lab import experiment, ladder, measures
 from lab.neighbours import NEIGHBOURS, lit_heads
 
 NOTEBOOKS = pathlib.Path(train.__file__).resolve().parent / "notebooks"
@@ -50,7 +50,9 @@ def test_a_variant_becomes_a_command(known, variant, script, flags):
     assert ladder.trainer(variant)[0] == script and ladder.flags(variant, known) == flags
 
 
-def test_unknown_variants_are_refused(known):
+def test_unknown_variants_are_refused_and_those_of_the_lessons_are_not(known):
+    for variant in [*experiment.VARIANTS, *NEIGHBOURS]:
+        ladder.flags(variant, known)
     with pytest.raises(train.Problem, match="--variants rung7: choose from rung1"):
         ladder.flags("rung7", known)
     with pytest.raises(train.Problem, match="=typo: choose the normalizer from none, length"):

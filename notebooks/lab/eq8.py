@@ -12,7 +12,7 @@ the first values of the library's model, whose form is `length`.
     python notebooks/lab/eq8.py table                       all measures, and what the rule asks for
 
 DIR has Fashion-MNIST in CIFAR-10's layout. Lines go to notebooks/results/gate/runs.csv. Stopped at
-any moment, the same command goes on, and several processes share the work.
+any moment, the same command goes on.
 
 The plan was fixed before the first run. The forms, from the nearest to the print to the farthest,
 are none, which is the print, length, scaled, rms and mass. The small model trains with each on the
@@ -257,11 +257,11 @@ def train_one(args, data, form, lr, seed, steps):
 
 
 def train_all(args, jobs):
-    """All jobs that no process has done or is doing. Then the lines of all go to runs.csv."""
+    """All jobs that are not done. Then the lines of all go to runs.csv."""
     for job in jobs:
         try:
             train_one(args, *job)
-        except train.Problem as problem:    # another process is at it, or the loss is not finite
+        except train.Problem as problem:                    # the loss is not finite
             print(f"{job}: {problem}")
     tables = sorted(pathlib.Path(args.runs).glob("*/watched.csv"))
     save_log(RESULTS / "runs.csv", [line for path in tables for line in read(path)])

@@ -70,9 +70,9 @@ def run_twins(arm, seed):
 
 def make(run, jobs, table, part):
     """Adds the line of each job to a table, whose first columns tell the jobs apart."""
-    done = {tuple(row.values()) for row in read(table)}
+    done = {tuple(row.values())[:len(jobs[0])] for row in read(table)}
     for job in jobs[part[0]::part[1]]:
-        if not any(row[:len(job)] == tuple(map(str, job)) for row in done):
+        if tuple(map(str, job)) not in done:
             measures.add_lines(table, [run(*job)])
 
 
@@ -286,7 +286,6 @@ VARIANTS = [*LAMBDA0.values(), *RUNG5.values(), *RUNG6.values(), "sana", "dit"]
 NAMES = dict(zip(VARIANTS, ["λ = 0, printed", "λ = 0, mass", "rung 5, printed", "rung 5, mass",
                             "DyDi-LiT, printed", "DyDi-LiT, mass", "Sana", "DiT"]))
 SEEDS, NEIGHBOUR_SEEDS = range(100, 110), range(100, 105)
-OURS = RUNG6["none"]
 # Logarithms, so that a difference is a ratio. held_out_log is a mean logarithm already.
 MEASURES = {"KID": lambda row: math.log(float(row["cfg2_KID"])),
             "held-out loss": lambda row: float(row["held_out_log"])}
@@ -341,20 +340,6 @@ def print_floors(rows, floors, names=NAMES, seeds=SEEDS):
         print(line)
 
 
-def print_silenced(lines, names=NAMES, seeds=SEEDS):
-    """Prints by how much a variant's loss grows when the output of its attention is set to zero.
-
-    Mean and range of its runs, from silenced.csv, which silenced.py of commit 74c498a made."""
-    print(f"{'':20}{'loss without attention':>24}{'least':>9}{'most':>10}{'output / V':>14}")
-    for variant, name in names.items():
-        mine = chosen(lines, [variant], seeds)
-        growth = [float(row["without_attention"]) - float(row["held_out_log"]) for row in mine]
-        sizes = [float(row["size"]) for row in mine if row["size"]]
-        mean, least, most = map(percent, (np.mean(growth), min(growth), max(growth)))
-        print(f"{name:20}{mean:>+22,.1f} %{least:>+9,.1f}{most:>+10,.1f}"
-              + (f"{np.median(sizes):>14.1e}" if sizes else ""))
-
-
 # ---- The command ------------------------------------------------------------------------------
 
 def print_verdict():
@@ -388,8 +373,9 @@ def main():
                           for arm in arms for rate in RATES], table, args.part)
     if args.stage != "pilot":
         rows = read(table)
-        make(run_recall, [(task, arm, seed, best_rate(rows, task, arm)) for seed in seeds
-                          for task in tasks for arm in arms], table, args.part)
+        rates = {(task, arm): best_rate(rows, task, arm) for task in tasks for arm in arms}
+        make(run_recall, [(task, arm, seed, rate) for seed in seeds
+                          for (task, arm), rate in rates.items()], table, args.part)
 
 
 if __name__ == "__main__":

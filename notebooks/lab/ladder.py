@@ -17,9 +17,8 @@ run, whose `commit` is that of the code at the start. Stopped at any moment, the
 on. Once rung6, sana and dit are there, OUT gets the features.npz that lesson 10 shows, too.
 """
 import argparse
-import contextlib
-import fcntl
 import concurrent.futures
+import fcntl
 import json
 import math
 import os
@@ -292,16 +291,6 @@ def climb(args):
         raise train.Problem(f"{failed} runs failed; mend what they say and repeat the command")
 
 
-@contextlib.contextmanager
-def claimed(folder):
-    """Keeps a folder to this process until the block ends, or the process, even by kill -9."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        with train.blaming(folder, "another process is at work in it", BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
 def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -319,7 +308,12 @@ def main():
         default=1 if torch.cuda.is_available() else os.cpu_count())
     add("--out", default="runs/ladder", help="folder; default: %(default)s")
     args = parser.parse_args()
-    with claimed(pathlib.Path(args.out)):
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    with open(f"{args.out}/.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise train.Problem(f"{args.out}: another process is at work in it") from None
         climb(args)
 
 
