@@ -97,18 +97,16 @@ def test_the_ladder_stops_goes_on_and_repeats_itself(tmp_path):
     tiny = "dim=16,depth=2,batch_size=4"
     command = [sys.executable, NOTEBOOKS / "lab/ladder.py", "--steps", "2", "--samples", "20",
                "--sampling-steps", "2", "--workers", "2", "--out", "out", "--network", "means.pt",
-               "--variants", f"rung6:{tiny}", f"edit:{tiny}", f"lambda0:{tiny}", "--seeds"]
+               "--variants", f"lambda0:{tiny}", f"edit:{tiny}", "--seeds"]
     process = subprocess.Popen([*command, "9"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 600                            # a busy machine needs a minute
-    while not (started := list(tmp_path.rglob("checkpoint.pt"))):
+    while not list(tmp_path.rglob("checkpoint.pt")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.terminate()
     says = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert says.endswith("ladder.py: stopped; the same command goes on from here\n")
-    with ladder.claimed(started[0].parent):                  # what it had called has ended, too
-        pass
 
     def climb():
         done = subprocess.run([*command, "1"], cwd=tmp_path, capture_output=True, text=True)
@@ -116,13 +114,13 @@ def test_the_ladder_stops_goes_on_and_repeats_itself(tmp_path):
         return done.stdout, measures.read(tmp_path / "out/runs.csv")
 
     says, rows = climb()
-    assert "0 runs are in" in says and "3 are to do" in says and len(rows) == 3
+    assert "0 runs are in" in says and "2 are to do" in says and len(rows) == 2
     for row in rows:
         bands = [float(row[f"band{b}"]) for b in range(10)]
         assert float(row["held_out_loss"]) == pytest.approx(np.mean(bands), rel=1e-4)
         assert 0.5 < np.mean(bands) < 2 and float(row["cfg2_KID"]) and row["dim"] == "16"
     says, again = climb()
-    assert "3 runs are in" in says and "0 are to do" in says and again == rows
+    assert "2 runs are in" in says and "0 are to do" in says and again == rows
     measures.save_log(tmp_path / "out/runs.csv", rows[1:])
     anew = climb()[1]                                       # a line that is made anew is the same
     assert anew == [*rows[1:], rows[0] | dict(seconds=anew[-1]["seconds"])]

@@ -17,6 +17,7 @@ run, whose `commit` is that of the code at the start. Stopped at any moment, the
 on. Once rung6, sana and dit are there, OUT gets the features.npz that lesson 10 shows, too.
 """
 import argparse
+import bisect
 import concurrent.futures
 import fcntl
 import json
@@ -59,12 +60,12 @@ def equal_macs(model, base, parts=dydilit.block_parts, multiple=4, **overrides):
 
     base: the data's fields of ModelConfig. parts: its blocks' parts. multiple: of what its width
     must be one, besides 4 and n_heads."""
-    target = honest_macs(model, **base)
-    step = math.lcm(4, multiple, overrides.get("n_heads", 1))
+    def macs(dim):
+        return honest_macs(model, parts=parts, **base, **overrides, dim=dim)
+    target, step = honest_macs(model, **base), math.lcm(4, multiple, overrides.get("n_heads", 1))
     widths = range(step, 2 * dydilit.MODELS[model]["dim"], step)
-    fields = dict(parts=parts, **base, **overrides)
-    return dict(overrides, dim=min(
-        widths, key=lambda dim: abs(honest_macs(model, dim=dim, **fields) - target)))
+    i = bisect.bisect(widths, target, lo=1, hi=len(widths) - 1, key=macs)
+    return dict(overrides, dim=min(widths[i - 1:i + 1], key=lambda dim: abs(macs(dim) - target)))
 
 
 def variants(model, base):
