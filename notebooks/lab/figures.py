@@ -81,19 +81,16 @@ def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=Non
 
 
 def level(ax, words, value, upright=False, end=0.995):
-    """A thin grey line at a value, to compare with, and its words, over the axes if it's upright.
+    """A thin grey line at a value, to compare with, and its words.
 
-    end: where the words of a level line stand, from 0 to 1, left to right; more is beside the axes.
-    """
+    end: where the words of a level line stand, from 0 to 1; more is beside the axes."""
     (ax.axvline if upright else ax.axhline)(value, color=GREY, linestyle="-", linewidth=1, zorder=1)
     if upright:
-        point, where, ha = (value, 1), ax.get_xaxis_transform(), "center"
+        place = dict(x=value, y=1.01, transform=ax.get_xaxis_transform(), ha="center")
     else:
-        point, where = (end, value), ax.get_yaxis_transform()
-        ha = "right" if 0.5 < end <= 1 else "left"
-    beside = not upright and end > 1
-    ax.annotate(words, point, (0, 0 if beside else 2), xycoords=where, textcoords="offset points",
-                fontsize=13, color="#444444", va="center" if beside else "bottom", ha=ha)
+        place = dict(x=end, y=value, transform=ax.get_yaxis_transform(),
+                     ha="right" if 0.5 < end <= 1 else "left")
+    ax.text(s=words, va="center" if end > 1 else "bottom", fontsize=13, color="#444444", **place)
 
 
 def bands(x, runs, xlabel, ylabel, ax=None, **settings):
@@ -271,28 +268,20 @@ def show_signed(rows, ex=None, top=6):
 
 # ---- Grids of pictures, maps and choices ---------------------------------------------------------
 
-def show_images(images, rows=None, columns=None, title=None, width=0.9, handle=None):
-    """A grid of pictures. images: (R, K, C, S, S) in [-1, 1]; width: inches of a picture.
-
-    rows, columns: labels. handle: IPython's DisplayHandle of an output that the grid replaces."""
+def show_images(images, rows=(), columns=(), width=0.9):
+    """A grid of pictures with labels. images: (R, K, C, S, S) in [-1, 1]; width: inches of each."""
     r, k, c, s, _ = images.shape
     grid = np.ones((r * (s + 2), k * (s + 2), c))       # two white pixels between pictures
     for i, j in np.ndindex(r, k):
         pixels = array((images[i, j].permute(1, 2, 0) + 1) / 2).clip(0, 1)
         grid[i * (s + 2):][:s, j * (s + 2):][:, :s] = pixels
-    fig, ax = plt.subplots(figsize=(width * k + 1, width * r + 0.5))
-    ax.imshow(grid[:-2, :-2].squeeze(-1) if c == 1 else grid[:-2, :-2], cmap="gray", vmin=0, vmax=1,
-              interpolation="nearest")
-    ax.set_yticks([(s + 2) * i + s / 2 for i in range(len(rows or []))], rows or [])
-    ax.set_xticks([(s + 2) * j + s / 2 for j in range(len(columns or []))], columns or [])
+    _, ax = plt.subplots(figsize=(width * k + 1, width * r + 0.5))
+    ax.imshow(grid[:-2, :-2].repeat(3 // c, axis=2), interpolation="nearest")
+    ax.set_yticks([(s + 2) * i + s / 2 for i in range(len(rows))], rows)
+    ax.set_xticks([(s + 2) * j + s / 2 for j in range(len(columns))], columns)
     clear(ax, ticks=True)
     ax.xaxis.tick_top()
-    ax.set_title(title)
-    if handle is None:
-        plt.show()
-    else:
-        plt.close(fig)
-        handle.update(fig)
+    plt.show()
 
 
 def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, signs=(), numbers=None,
@@ -442,18 +431,17 @@ def stills(draw, values, beside=True, dpi=80):
     show_png(Image.fromarray(np.concatenate(frames, axis=1 if beside else 0)))
 
 
-def animation(draw, values, ms=150, rest=1500, colours=128, dpi=80):
+def animation(draw, values):
     """What draw(value) draws for many values, as one animated PNG that plays for ever.
 
     Show stills() of three of the values beside it, since paper doesn't move. All figures must have
-    one size, and axes that stay where they are. ms: milliseconds of each picture; rest: of the last
-    one; colours: of the one palette that all share. Sixteen figures of 7 x 4 inches have 150 KB."""
-    frames = pictures_of(draw, values, dpi)
+    one size, and axes that stay where they are. Sixteen figures of 7 x 4 inches have 150 KB."""
+    frames = pictures_of(draw, values, dpi=80)
     n, height, width, _ = frames.shape
     column = Image.fromarray(frames.reshape(n * height, width, 3)).quantize(
-        colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)   # one palette for all
     first, *others = [column.crop((0, i * height, width, (i + 1) * height)) for i in range(n)]
-    show_png(first, save_all=True, append_images=others, loop=0, duration=[ms] * (n - 1) + [rest])
+    show_png(first, save_all=True, append_images=others, loop=0, duration=[150] * (n - 1) + [1500])
 
 
 def slider(function, stills_at=None, **ranges):
