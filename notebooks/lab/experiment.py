@@ -4,7 +4,6 @@
     python notebooks/lab/experiment.py main         then twenty fresh seeds, each at its best rate
     python notebooks/lab/experiment.py twins        eight seeds of the systems of twins.py
     python notebooks/lab/experiment.py neighbours   lesson 12's systems: pilot, then five seeds
-    python notebooks/lab/experiment.py              prints what came out
 
 Each run adds a line to runs.csv or twins.csv in notebooks/results/recall, and one that is there
 already is not made again. With --part 0 2 and --part 1 2, two processes share the work. The eighty
@@ -342,25 +341,13 @@ def print_floors(rows, floors, names=NAMES, seeds=SEEDS):
 
 # ---- The command ------------------------------------------------------------------------------
 
-def print_verdict():
-    rows = read(RESULTS / "recall/runs.csv")
-    print_accuracies(rows)
-    print("\nmargins, in logits:", ", ".join(f"{t} {margin(rows, t):.2f}" for t in TASKS), "\n")
-    print_contrasts(recall_contrasts(rows) + twins_contrasts(read(RESULTS / "recall/twins.csv")))
-    print()
-    print_judgement(rows)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["pilot", "main", "twins", "neighbours", "verdict"],
-                        nargs="?", default="verdict")
+    parser.add_argument("stage", choices=["pilot", "main", "twins", "neighbours"])
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.stage == "verdict":
-        return print_verdict()
     if args.stage == "twins":
         jobs = [(arm, seed) for seed in range(8) for arm in twins.ARMS]
         return make(run_twins, jobs, RESULTS / "recall/twins.csv", args.part)
