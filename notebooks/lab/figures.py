@@ -122,12 +122,10 @@ def recall_panel(found, numbers, trained=16, ax=None, title=None):
 
 # ---- The photograph and the strip ----------------------------------------------------------------
 
-# Nothing where the weight is zero, then yellow to red; blue where it is negative. In forty steps.
+# Nothing where the weight is zero, then yellow to red, in twenty steps.
 HEAT = LinearSegmentedColormap.from_list("heat", [
-    (0.0, (0.0, 0.1, 0.8, 1.0)), (0.25, (0.1, 0.3, 1.0, 0.9)), (0.44, (0.4, 0.65, 1.0, 0.55)),
-    (0.5, (1, 1, 1, 0)), (0.56, (1.0, 0.95, 0.3, 0.55)), (0.75, (1.0, 0.55, 0.0, 0.9)),
-    (1.0, (0.85, 0.0, 0.1, 1.0))], N=40)
-TOP = 10                                    # the strip's scale ends at ten times the even weight
+    (0.0, (1, 1, 1, 0)), (0.12, (1, 0.95, 0.3, 0.55)), (0.5, (1, 0.55, 0, 0.9)),
+    (1.0, (0.85, 0, 0.1, 1))], N=20)
 
 
 def clear(ax, ticks=False):
@@ -176,17 +174,10 @@ def show_example(ax, ex):
 def draw_map(ax, row, ex):
     """One query's weights over the photograph, in multiples of the even weight. row: (256,)."""
     show_picture(ax, ex.picture, grey=True)
-    image = ax.imshow(array((row / row.abs().sum() * len(row)).view(SIDE, SIDE)), cmap=HEAT,
-                      vmin=-TOP, vmax=TOP, interpolation="nearest")
+    image = ax.imshow(array((row / row.sum() * len(row)).view(SIDE, SIDE)), cmap=HEAT, vmin=0,
+                      vmax=10, interpolation="nearest")
     box(ax, divmod(ex.query, SIDE))
     return image
-
-
-def scale_bar(fig, image, axes, low, **settings):
-    """draw_map's colour bar, from 5 floor(low / 5) on, at least -TOP."""
-    bar = fig.colorbar(image, ax=axes, ticks=range(-TOP, TOP + 1, 5), extend="max", **settings)
-    bar.ax.set_ylim(max(-TOP, 5 * math.floor(low / 5)), TOP)
-    bar.set_label("weight × N (1 = even)", fontsize=13)
 
 
 def show_map(row, title):
@@ -195,7 +186,7 @@ def show_map(row, title):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3))
     show_example(left, ex)
     right.set_title(title, fontsize=14)
-    scale_bar(fig, draw_map(right, row, ex), right, row.min(), shrink=0.9)
+    fig.colorbar(draw_map(right, row, ex), shrink=0.9, extend="max", label="weight × N (1 = even)")
     plt.show()
 
 
@@ -212,30 +203,28 @@ def strip(maps, ex=None):
 
     maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on."""
     ex = ex or example()
-    rows = {name: m[ex.query] if m.dim() == 2 else m for name, m in maps.items()}
-    lowest = min((len(row) * row.min() / row.abs().sum()).item() for row in rows.values())
-    signed, n = lowest < 0, len(rows) + 1
+    n = len(maps) + 1
     lines = 1 if n < 6 else 2
     columns = math.ceil(n / lines)
     fig, axes = plt.subplots(lines, columns, squeeze=False,
-                             figsize=(2.1 * columns + 1, (3.8 if signed else 3.5) * lines))
+                             figsize=(2.1 * columns + 1, 3.5 * lines))
     first, *panels = axes.flat
     show_example(first, ex)
-    above = " above zero" if signed else ""
-    under(first, [f"weight{above} on the face", f"weight{above} on the sky",
-                  *["share below zero"] * signed, "row entropy"])
-    for ax in panels[len(rows):]:
+    under(first, ["weight on the face", "weight on the sky", "row entropy"])
+    for ax in panels[len(maps):]:
         ax.set_visible(False)
-    for ax, (name, row) in zip(panels, rows.items()):
+    for ax, (name, m) in zip(panels, maps.items()):
+        row = m[ex.query] if m.dim() == 2 else m
         image, found = draw_map(ax, row, ex), shares(row, ex)
-        ax.set_title(LABELS.get(name, name), fontsize=14, fontweight="bold", pad=20,
+        ax.set_title(name, fontsize=14, fontweight="bold", pad=20,
                      color=LOOKS[name][0] if name in LOOKS else BLACK)
         if name in NAMES + TRAINED:
             ax.text(0.5, 1.025, "trained" if name in TRAINED else "not trained",
                     transform=ax.transAxes, ha="center", fontsize=12)
         under(ax, [f"face {found.face:.0%}", f"sky {found.sky:.1%}",
-                   *[f"negative {found.negative:.0%}"] * signed, f"entropy {found.entropy:.2f}"])
-    scale_bar(fig, image, axes, lowest, shrink=0.75, aspect=12 * lines, pad=0.01)
+                   f"entropy {found.entropy:.2f}"])
+    fig.colorbar(image, ax=axes, label="weight × N (1 = even)", extend="max", shrink=0.75,
+                 aspect=12 * lines, pad=0.01)
     plt.show()
 
 
@@ -353,6 +342,22 @@ def show_percentages(table, rows, columns, xlabel, title=None, cmap="Blues", lim
     ax.set_yticks(range(len(rows)), rows)
     ax.set_xlabel(xlabel)
     ax.set_title(title, fontsize=15)
+    plt.show()
+
+
+def show_matrices(*lines):
+    """Small matrices of numbers, and words. lines: lists of 2-D tensors and strings."""
+    _, ax = plt.subplots(figsize=(9, 1.8 * len(lines)))
+    ax.set(xlim=(0, 60), ylim=(len(lines) - 0.5, -0.5))
+    clear(ax)
+    for y, line in enumerate(lines):
+        x = 0
+        for part in line:
+            words = part if isinstance(part, str) else "\n".join(
+                " ".join(f"{number:3g}" for number in row) for row in array(part))
+            ax.text(x, y, words, va="center", family="monospace", bbox=None if words == part else
+                    dict(facecolor="white", edgecolor=BLACK))
+            x += max(map(len, words.split("\n"))) + 3
     plt.show()
 
 
@@ -608,29 +613,4 @@ def transformer_diagram(*lit, title=None):
     s.arrow("AdaLN", (4.5, top - 0.21), (4.5, bus), head=False)
     for x, height in [(4.0, 0.45), (6.4, 0.21), (8.0, 0.45), (9.8, 0.21), (11.5, 0.45)]:
         s.arrow("AdaLN", (4.5, bus), (x, bus), (x, y + height))
-    plt.show()
-
-
-def show_matrices(*lines):
-    """Small matrices of numbers, strings such as "=" between them. lines: lists of 2-D tensors and strings."""
-    def width(part):
-        return 0.4 + 0.18 * len(part) if isinstance(part, str) else 0.75 * part.shape[1] + 0.3
-
-    heights = [max(len(part) for part in line if not isinstance(part, str)) + 0.6 for line in lines]
-    longest = max(sum(width(part) for part in line) for line in lines)
-    _, ax = plt.subplots(figsize=(0.8 * longest, 0.5 * sum(heights)))
-    for line, y in zip(lines, np.cumsum(heights) - np.array(heights) / 2):
-        x = 0.0
-        for part in line:
-            if isinstance(part, str):
-                ax.text(x + width(part) / 2, y, part, ha="center", va="center", fontsize=18)
-            else:
-                for (i, j), number in np.ndenumerate(array(part)):
-                    ax.text(x + 0.5 + 0.75 * j, y - (len(part) - 1) / 2 + i, f"{number:g}", ha="center", va="center", fontsize=15)
-                for edge, inward in [(x + 0.08, 0.12), (x + width(part) - 0.05, -0.12)]:
-                    ax.plot([edge + inward, edge, edge, edge + inward], y + np.array([-1, -1, 1, 1]) * len(part) / 2, color=BLACK,
-                            linestyle="-", linewidth=1.5)
-            x += width(part)
-    ax.set(xlim=(0, longest), ylim=(sum(heights), 0))
-    clear(ax)
     plt.show()
