@@ -106,6 +106,7 @@ def test_router_sees_float32_digits_under_autocast_and_in_half_precision():
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(router(tokens).argmax(1), want)
             assert torch.equal(router(tokens[:, :32], tokens[:, 32:]).argmax(1), want)
+            assert dydilit.DynamicProjection(64, 3)(x[None])[0].dtype == torch.bfloat16     # gated
 
 
 @pytest.mark.parametrize("index", [[2, 0, 2, 1, 0, 2, 2], [1] * 7, [2] * 7])
