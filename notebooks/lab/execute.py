@@ -32,8 +32,8 @@ def smaller(png):
     image = Image.open(io.BytesIO(base64.b64decode(png)))
     if getattr(image, "n_frames", 1) > 1:
         return png
-    small = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE,
-                                          dither=Image.Dither.NONE)
+    small = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3,
+                                          dither=Image.Dither.NONE)     # else white turns beige
     out = io.BytesIO()
     small.save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode()

@@ -239,7 +239,8 @@ def show_signed(rows, ex=None, top=6):
                     "below zero / above zero"])
     for ax, (title, row) in zip(axes[1:], rows.items()):
         image = ax.imshow(array(row).reshape(SIDE, SIDE) * SIDE ** 2 / array(row).clip(0).sum(),
-                          cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+                          cmap=plt.get_cmap("RdBu_r", 25), vmin=-top, vmax=top,
+                          interpolation="nearest")
         clear(ax)
         ax.spines[:].set(visible=True, linewidth=0.8, color=GREY)
         for mask in (ex.face, ex.sky):
