@@ -29,9 +29,9 @@ def made(monkeypatch, tmp_path):
 
 
 def test_the_stages_make_the_runs_of_the_plan(made):
+    assert len(made("pilot", "--part", "0", "2")[0]) == 19 * 3 * 3      # of each rate one seed
     with pytest.raises(SystemExit, match="no attention lacks pilot runs on sharpness"):
         made("main")
-    made("pilot", "--part", "0", "2")
     rows, _ = made("pilot", "--part", "1", "2")
     assert len(rows) == 19 * 3 * 2 * 3 and {row["seed"] for row in rows} == {"100", "101"}
     assert {row["rate"] for row in rows} == {"0.003", "0.01", "0.03"}
@@ -42,6 +42,8 @@ def test_the_stages_make_the_runs_of_the_plan(made):
     assert {row["arm"] for row in beside} == set(NEIGHBOURS) and len(beside) == 5 * (2 * 3 + 5)
     assert {row["task"] for row in beside} == {"interference"}
     assert made("main")[0] == made("neighbours")[0]         # nothing is made twice
+    rows = made("pilot")[0] + [rows[0] | dict(arm="ReLU", rate="0.01", accuracy_16="9")]
+    assert experiment.best_rate(rows, "sharpness", "ReLU") == 0.03      # fresh seeds have no say
     _, rows = made("twins")
     assert len(rows) == 7 * 8 == len(made("twins")[1])
 
@@ -147,6 +149,7 @@ def test_contrasts_are_paired_and_holm_corrects_within_a_family():
     ("useless here", dict(DyDiLA=dict(interference=by(0.3)))),
     ("useless here", dict(DyDiLA=dict(interference=by(0, 0.83)))),      # 90 % within .33, 95 % .40
     ("undecided", dict(DyDiLA=dict(interference=by(0, 1)))),            # 90 % within .40
+    ("undecided", dict(DyDiLA=dict(sharpness=by(0.4)))),                # not useless everywhere
     ("undecided", dict(DyDiLA=dict(interference=by(0.75, 0.83))))])     # from 90 % .42, 95 % .35
 def test_the_rule_s_words(word, shifts):
     words = experiment.judge_recall(recall_rows(**shifts))
