@@ -45,7 +45,7 @@ def dydila(part, cfg, n):
 
 
 def kv_compressed_attention(part, cfg, n):
-    d, keys = cfg.dim, n // part.compress.kernel_size[0] ** 2    # each the sum of a square of tokens
+    d, keys = cfg.dim, n // part.compress.kernel_size[0] ** 2    # a square of tokens each
     return {"Q, K, V and output projections": (4 * d * d,) * 2,
             "key and value compression": (2 * d,) * 2, "attention products": (2 * keys * d,) * 2}
 
