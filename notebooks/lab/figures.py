@@ -218,7 +218,7 @@ def strip(maps, ex=None):
         image, found = draw_map(ax, row, ex), shares(row, ex)
         ax.set_title(name, fontsize=14, fontweight="bold", pad=20,
                      color=LOOKS[name][0] if name in LOOKS else BLACK)
-        if name in NAMES + TRAINED:
+        if name in NAMES:
             ax.text(0.5, 1.025, "trained" if name in TRAINED else "not trained",
                     transform=ax.transAxes, ha="center", fontsize=12)
         under(ax, [f"face {found.face:.0%}", f"sky {found.sky:.1%}",
@@ -344,26 +344,6 @@ def show_percentages(table, rows, columns, xlabel, title=None, cmap="Blues", lim
     ax.set_xlabel(xlabel)
     ax.set_title(title, fontsize=15)
     plt.show()
-
-
-def show_matrices(*lines):
-    """Small matrices of numbers, and words. lines: lists of 2-D tensors and strings."""
-    _, ax = plt.subplots(figsize=(9, 1.8 * len(lines)))
-    ax.set(xlim=(0, 60), ylim=(len(lines) - 0.5, -0.5))
-    clear(ax)
-    for y, line in enumerate(lines):
-        x = 0
-        for part in line:
-            words = part if isinstance(part, str) else "\n".join(
-                " ".join(f"{number:3g}" for number in row) for row in array(part))
-            ax.text(x, y, words, va="center", family="monospace", bbox=None if words == part else
-                    dict(facecolor="white", edgecolor=BLACK))
-            x += max(map(len, words.split("\n"))) + 3
-    plt.show()
-
-
-# What is chosen. Told apart by colour-blind readers, and light enough for text to lie on it.
-CHOICES = ["#6BAED6", "#F2A25C", "#FBF3A8", "#9A9A9A", "#FFFFFF"]
 
 
 def arrow(ax, x, y, colour=BLACK):

@@ -25,7 +25,6 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402, F401
 from lab import cost  # noqa: E402, F401
-from lab.eq8 import Divided  # noqa: E402
 from lab.measures import row_entropy, row_variance  # noqa: E402, F401
 
 if torch.cuda.is_available():
@@ -104,8 +103,8 @@ def storages(tree):
 
 SIDE, WIDTH = 16, 64                        # patches along a side; d
 QUERY = (5, 7)                              # row and column of the query, on the face by the nose
-NAMES = ["softmax", "ReLU", "focused", "dynamic", "differential", "convolution"]
-TRAINED = [*NAMES[3:], "projected"]         # projected: routed projections as Q and K themselves
+TRAINED = ["dynamic", "projected"]          # projected: routed projections as Q and K themselves
+NAMES = ["softmax", "ReLU", "focused", *TRAINED]
 
 
 def photo(size=64):
@@ -155,22 +154,15 @@ def noisy(ex, copies, sigma=0.5):
 
 
 class Attention(nn.Module):
-    """One kind of attention on the example's projections. name: of NAMES or TRAINED."""
+    """One kind of attention on the example's projections. name: of NAMES."""
 
     def __init__(self, name, ex):
         super().__init__()
         self.name, self.w_qk = name, ex.w_qk
-        second = name in ("differential", "convolution")    # has the second pair, Q' and K'
         if name in TRAINED:
-            self.kernel = dydilit.DynamicMeasureKernel(WIDTH, 5, 4 if second else 2)
-        if second or name == "projected":
+            self.kernel = dydilit.DynamicMeasureKernel(WIDTH, 5, 2)
+        if name == "projected":
             self.projection = dydilit.DynamicProjection(WIDTH, 3)
-        if second:          # nothing follows that learns the output's size, so it has to average
-            self.differential = Divided.of(dydilit.TokenDifferential(WIDTH, 5), "mass")
-        if name == "convolution":
-            self.dwc = dydilit.ReparamDWConv(WIDTH)
-            for weight in self.dwc.parameters():            # small at first, beside the attention
-                weight.data *= 0.1
 
     def forward(self, x, v):
         """x: (B, N, d) tokens; v: (B, N, e) values. Returns (B, N, e)."""
@@ -179,16 +171,8 @@ class Attention(nn.Module):
             return dydilit.softmax_attention(q, k, v)
         if self.name in ("ReLU", "focused"):
             q = k = q.relu() if self.name == "ReLU" else dydilit.focused_kernel(q, 3.0)
-        elif self.name in ("dynamic", "projected"):
-            q, k = self.kernel(*(self.projection(x) if self.name == "projected" else (q, k)))
         else:
-            q_red, k_red = self.projection(x)
-            out = self.differential(*self.kernel(q, q_red, k, k_red), v)
-            if self.name == "convolution":                  # for a map all columns get the mean
-                weights, e = self.dwc.kernel(), v.shape[-1]                 # (d, 1, 3, 3)
-                out = out + dydilit.depthwise(v, weights if e == WIDTH else
-                                              weights.mean(0, keepdim=True).expand(e, -1, -1, -1))
-            return out
+            q, k = self.kernel(*(self.projection(x) if self.name == "projected" else (q, k)))
         return dydilit.linear_attention(q, k, v)
 
 
@@ -221,9 +205,8 @@ def shares(row, ex):
     """The strip's numbers of one query's weights, row (256,), a namespace of
 
     face, sky: what they have of all weight above zero; negative: the part of |weight| below zero;
-    net: what the face has of the sum of all weights; entropy: of |weight|, from 0 to 1."""
+    entropy: of |weight|, from 0 to 1."""
     above, size = row.clamp_min(0) / row.clamp_min(0).sum(), row.abs() / row.abs().sum()
     return types.SimpleNamespace(
         face=above[ex.face].sum().item(), sky=above[ex.sky].sum().item(),
-        negative=size[row < 0].sum().item(), net=(row[ex.face].sum() / row.sum()).item(),
-        entropy=row_entropy(size).item())
+        negative=size[row < 0].sum().item(), entropy=row_entropy(size).item())
