@@ -425,7 +425,7 @@ def animation(draw, values):
     frames = pictures_of(draw, values, dpi=80)
     n, height, width, _ = frames.shape
     column = Image.fromarray(frames.reshape(n * height, width, 3)).quantize(
-        128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)   # one palette for all
+        128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)     # one palette for all
     first, *others = [column.crop((0, i * height, width, (i + 1) * height)) for i in range(n)]
     show_png(first, save_all=True, append_images=others, loop=0, duration=[150] * (n - 1) + [1500])
 
