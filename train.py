@@ -63,9 +63,7 @@ def explained(function, *arguments):
         sys.exit(130)
     except (Problem, OSError) as error:
         line = error
-    except (MemoryError, RuntimeError) as error:        # other mistakes keep their tracebacks
-        if not isinstance(error, MemoryError) and " memory" not in str(error):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):       # other mistakes keep their tracebacks
         line = "out of memory; train with a larger --accumulate, sample with less --batch-size"
     sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {line}")
 

@@ -307,21 +307,6 @@ def test_steps_are_those_of_the_recipe(tmp_path, monkeypatch, log_loss):
             torch.testing.assert_close(ema, a, rtol=1e-3, atol=1e-5)
 
 
-def test_runs_of_two_seeds_share_neither_images_nor_noise(tmp_path, monkeypatch):
-    """Not even on a CPU, whose generator heeds the low 32 bits of its seed alone."""
-    seen = []
-    monkeypatch.setattr(dydilit.GaussianDiffusion, "losses", lambda self, model, *batch: (
-        seen.append(batch), {name: batch[0].mean((1, 2, 3)) * 0 + sum(
-            p.sum() for p in model.parameters()) for name in train.LOSSES})[1])
-    for seed in (0, 1):
-        args = train.arguments([*TINY, "--seed", str(seed), "--log-loss", "0"])
-        run = train.Training(args, dydilit.block_parts, tmp_path)
-        run.forward = run.model
-        run.train_step()
-    for one, other in zip(*seen):
-        assert not torch.equal(one, other)
-
-
 def test_training_learns_and_a_quick_try_is_no_noise(cli):
     """The average of 150 steps has nearly the loss of the weights themselves."""
     cli(*TINY, "patch_size=2", "--steps", "150", "--log-every", "30", "--lr", "1e-2")
@@ -395,7 +380,7 @@ def tiny_model(**fields):
 
 
 def plain_samples(model, labels, scale, seed, clip):
-    """Two steps of DDIM, from timestep 999 to 0 and on to the image, with guidance in two passes."""
+    """Two steps of DDIM, from timestep 999 to 0 and to the image, each guided by two passes."""
     kept = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0).float()
     out = []
     for i, label in enumerate(labels):
@@ -538,7 +523,8 @@ def test_train_and_dydilit_need_no_other_file(tmp_path):
     for name in ("train.py", "dydilit.py"):
         shutil.copy(ROOT / name, tmp_path)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    for argv in ([*TINY, "--steps", "2"], [*TINY, "--steps", "3"], ["sample", "--run", "runs/shapes"]):
+    sample = ["sample", "--run", "runs/shapes"]
+    for argv in ([*TINY, "--steps", "2"], [*TINY, "--steps", "3"], sample):
         finish(*argv, program=["train.py"], cwd=tmp_path, env=clean)
     assert load(tmp_path / "runs/shapes")["step"] == 3
     assert (tmp_path / "runs/shapes/grid.png").exists()
@@ -551,27 +537,11 @@ def test_folders_train_at_their_size_and_with_their_own_images_only(cli, tmp_pat
     state = load("runs/pets")
     assert state["data"]["names"] == ["cat", "dog"] and state["model"]["image_size"] == 16
     before = snapshot(pathlib.Path("runs"))
-    for flags, named in [(["--data", "b/pets"], "images_sha256"), (["--lr", "0.5"], "lr 0.004, not"),
+    for flags, named in [(["--data", "b/pets"], "images_sha256"), (["--lr", "0.5"], "lr 0.004"),
                          (["--set", "dim=24"], "dim 16, not 24")]:
         with pytest.raises(SystemExit, match=f"this run has {named}.* choose another --run"):
             cli(*TINY, "--data", "a/pets", "--image-size", "16", "--steps", "2", *flags)
     assert snapshot(pathlib.Path("runs")) == before
-
-
-def test_a_lab_tool_trains_and_samples_other_attentions(cli):
-    """By handing main() the parts of the blocks. Without them its checkpoint does not fit."""
-    class Mean(torch.nn.Linear):
-        def forward(self, x):
-            return super().forward(x.mean(1, keepdim=True).expand_as(x))
-
-    def parts(cfg, i):
-        return Mean(cfg.dim, cfg.dim), dydilit.block_parts(cfg, i)[1]
-    for steps in "12":
-        train.main(["--steps", steps, *TINY], parts)
-    train.main(["sample", "--run", "runs/shapes", "--num", "2"], parts)
-    assert np.load("runs/shapes/samples.npz")["arr_0"].shape == (2, 32, 32, 3)
-    with pytest.raises(ValueError, match="not a model of train.py"):
-        dydilit.load_model("runs/shapes/model.pt")
 
 
 def test_latents_train_without_grids_where_their_vae_is_gone(cli, tmp_path, capsys):
@@ -608,7 +578,8 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, kills):
     finish(*args, "--run", tmp_path / "whole", "--steps", steps)
     one, other = load(tmp_path / "whole"), load(killed)
     assert all(same(one[k], other[k]) for k in ("step", "weights", "ema", "optimizer", "window"))
-    assert rows(tmp_path / "whole") == rows(killed) and visible(killed) == visible(tmp_path / "whole")
+    assert rows(tmp_path / "whole") == rows(killed)
+    assert visible(killed) == visible(tmp_path / "whole")
     for path in killed.glob("samples*.png"):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
@@ -675,9 +646,10 @@ def test_a_disk_that_fills(tmp_path):
 
 def test_a_terminal_may_lack_the_letters_of_a_name(tmp_path):
     env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    args = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path), *TINY, "--run", tmp_path / "猫"]
+    data = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path)]
     for steps in (1, 2):
-        assert "\\u732b: trained for" in finish(*args, "--steps", steps, env=env)
+        assert "\\u732b: trained for" in finish(
+            *data, *TINY, "--run", tmp_path / "猫", "--steps", steps, env=env)
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
@@ -775,11 +747,11 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, bad_places, tmp_path, ar
     assert not pathlib.Path("executed").exists()
 
 
-@pytest.mark.parametrize("error", [RecursionError, ValueError])
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
 def test_a_mistake_of_the_program_keeps_its_traceback(cli, monkeypatch, error):
-    def mistaken(*args, **kwargs):
-        raise error("no user's fault")          # a RecursionError is a RuntimeError, as a full
-    monkeypatch.setattr(dydilit.DyDiLA, "forward", mistaken)            # memory is
+    def mistaken(*args):
+        raise error("no user's fault")
+    monkeypatch.setattr(dydilit.DyDiLA, "forward", mistaken)
     with pytest.raises(error):
         cli(*TINY, "--steps", "1")
 
