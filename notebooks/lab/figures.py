@@ -346,6 +346,10 @@ def show_percentages(table, rows, columns, xlabel, title=None, cmap="Blues", lim
     plt.show()
 
 
+# What is chosen. Told apart by colour-blind readers, and light enough for text to lie on it.
+CHOICES = ["#6BAED6", "#F2A25C", "#FBF3A8", "#9A9A9A", "#FFFFFF"]
+
+
 def arrow(ax, x, y, colour=BLACK):
     """An arrow from the origin."""
     ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2,
