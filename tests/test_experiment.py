@@ -42,7 +42,7 @@ def test_the_stages_make_the_runs_of_the_plan(made):
     assert {row["arm"] for row in beside} == set(NEIGHBOURS) and len(beside) == 5 * (2 * 3 + 5)
     assert {row["task"] for row in beside} == {"interference"}
     assert made("main")[0] == made("neighbours")[0]         # nothing is made twice
-    rows = made("pilot")[0] + [rows[0] | dict(arm="ReLU", rate="0.01", accuracy_16="9")]
+    rows = made("pilot")[0] + [rows[0] | dict(arm="ReLU", rate="0.01", accuracy_16="99")]
     assert experiment.best_rate(rows, "sharpness", "ReLU") == 0.03      # fresh seeds have no say
     _, rows = made("twins")
     assert len(rows) == 7 * 8 == len(made("twins")[1])
@@ -101,8 +101,9 @@ def recall_rows(**shifts):
         for task, n in experiment.TASKS.items():
             gain = shifts.get(arm.replace(" ", "_"), {}).get(task, lambda seed: 0)
             for seed in range(21):
-                logit = 0.1 * seed + 0.02 * math.sin(7 * len(arm) + 3 * seed) + gain(seed)
-                accuracy = 0.99 if arm == "softmax" else 1 / (1 + math.exp(-logit))
+                logit = 0.1 * seed + 0.02 * math.sin(7 * len(arm) + 3 * seed)
+                logit = (math.log(99) if arm == "softmax" else logit) + gain(seed)
+                accuracy = 1 / (1 + math.exp(-logit))
                 if seed == 20:                                      # a pilot's seed, not to count
                     accuracy = 0.01
                 rows.append({"arm": arm, "task": task, "seed": f"{seed}",
@@ -117,7 +118,10 @@ def by(mean, spread=0):
 def test_margin_is_a_tenth_of_the_better_softmax_minus_relu():
     middle = np.mean([0.1 * seed + 0.02 * math.sin(7 * 4 + 3 * seed) for seed in range(20)])
     for task in experiment.TASKS:
-        assert experiment.margin(recall_rows(), task) == pytest.approx((math.log(99) - middle) / 10)
+        want = (math.log(99) - middle) / 10
+        assert experiment.margin(recall_rows(), task) == pytest.approx(want)
+        rows = recall_rows(**{"softmax": {task: by(-9)}, "softmax,_4_heads": {task: by(2)}})
+        assert experiment.margin(rows, task) == pytest.approx(0.2, abs=0.01)
 
 
 def test_logits_are_cut():
@@ -144,6 +148,7 @@ def test_contrasts_are_paired_and_holm_corrects_within_a_family():
     ("useless here", {}),                                       # the margin is .36
     ("useful", dict(DyDiLA=dict(interference=by(1)))),
     ("undecided", dict(DyDiLA=dict(heterogeneity=by(1)))),                  # not where it should
+    ("undecided", dict(DyDiLA=dict(interference=by(-1)))),
     ("undecided", dict(DyDiLA=dict(interference=by(1), sharpness=by(-1)))),     # but hurts here
     ("undecided", {name: dict(interference=by(1)) for name in ("DyDiLA", "dynamic,_equal_cost")}),
     ("useless here", dict(DyDiLA=dict(interference=by(0.3)))),
@@ -156,9 +161,17 @@ def test_the_rule_s_words(word, shifts):
     assert words["the differential"] == word and words["routed Q and K"] == "useless here"
 
 
+@pytest.mark.parametrize("part, arm, task", [
+    ("a fixed power", "fixed_power", "sharpness"), ("routed powers", "dynamic", "sharpness"),
+    ("routed Q and K", "routed", "heterogeneity"), ("three projectors", "DyDiLA", "heterogeneity"),
+    ("no denominator", "ReLU", "sharpness")])
+def test_each_part_is_useful_on_its_own_task(part, arm, task):
+    assert experiment.judge_recall(recall_rows(**{arm: {task: by(1)}}))[part] == "useful"
+
+
 def test_an_arm_at_chance_is_not_trainable(capsys):
-    rows = recall_rows(signed=dict(sharpness=by(-9)), ReLU=dict(interference=by(-2.9)))
-    assert not experiment.trainable(rows, "sharpness", "signed")
+    rows = recall_rows(signed=dict(sharpness=by(-3.2)), ReLU=dict(interference=by(-2.9)))
+    assert not experiment.trainable(rows, "sharpness", "signed")   # 7 of 20 reach 1/8
     assert experiment.trainable(rows, "interference", "ReLU")      # more than half reach 1/8
     experiment.print_judgement(rows)
     assert "three projectors: useless here\n" in (out := capsys.readouterr().out)
@@ -167,7 +180,9 @@ def test_an_arm_at_chance_is_not_trainable(capsys):
 
 def test_accuracies_are_printed_as_mean_least_and_most(capsys):
     experiment.print_accuracies(recall_rows())
-    title, first, *_ = capsys.readouterr().out.splitlines()
+    title, first, second, *_ = capsys.readouterr().out.splitlines()
+    mean, least, most = (float(word.strip("(,)")) for word in second.split()[-3:])
+    assert least == pytest.approx(0.5, abs=0.01) and least < mean < most
     assert first.split() == ["softmax", *3 * ["0.990", "(0.990,", "0.990)"]]
     assert title.split()[-3:] == ["sharpness", "interference", "heterogeneity"]
 
