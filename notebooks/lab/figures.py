@@ -24,7 +24,6 @@ LOOKS = {       # A kind of attention, and the part that makes it, looks the sam
     "softmax": (BLUE, "-", "o"), "ReLU": (GREY, "--", "s"), "focused": (GREEN, "-.", "D"),
     "dynamic": (PINK, ":", "^"), "differential": (ORANGE, MIXED, "v"),
     "convolution": (SKY, LONG, "P"), "projected": (VIOLET, SHORT, "X")}
-LABELS = {"convolution": "whole module"}    # the word in pictures, where it isn't the name
 LOOKS |= {      # the arms of recall.py
     "no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
     "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, SHORT, "P"),
@@ -45,8 +44,7 @@ plt.rcParams.update({
 def look(name, marker=False, label=None):
     """Keywords for ax.plot: colour, line style and label, marker too. name: a key of LOOKS."""
     colour, line, symbol = LOOKS[name]
-    label = label or LABELS.get(name, name)
-    return dict(color=colour, linestyle=line, label=label, marker=symbol if marker else "")
+    return dict(color=colour, linestyle=line, label=label or name, marker=symbol if marker else "")
 
 
 def array(x):
@@ -58,10 +56,10 @@ def array(x):
 
 def curves(x, ys, xlabel, ylabel, markers=True, ax=None, xticks=None, yticks=None, levels=None,
            **settings):
-    """Lines of {name: values} over x with the names' looks. Returns the axes.
+    """Lines of {name: values} over x, with a legend where there are several. Returns the axes.
 
     xticks, yticks: the numbers to label. levels: {words: value} for level(). settings: of ax.set
-    (xscale="log", ylim=...). A legend only where there are two lines to tell apart."""
+    (xscale="log", ylim=...)."""
     ax = ax or plt.subplots()[1]
     for name, values in ys.items():
         plain = {"label": name, "marker": "o" if markers else ""}
@@ -93,20 +91,18 @@ def level(ax, words, value, upright=False, end=0.995):
     ax.text(s=words, va="center" if end > 1 else "bottom", fontsize=13, color="#444444", **place)
 
 
-def bands(x, runs, xlabel, ylabel, ax=None, **settings):
+def bands(x, runs, xlabel, ylabel, **settings):
     """The mean of several runs as a line, from the lowest to the highest as a band.
 
-    runs: {name: (runs, len(x))}; settings: of curves(). Returns the axes."""
-    before = len(ax.get_lines()) if ax else 0
+    runs: {name: (runs, len(x))}; settings: of curves()."""
     means = {name: array(values).mean(axis=0) for name, values in runs.items()}
-    ax = curves(x, means, xlabel, ylabel, markers=False, ax=ax, **settings)
-    for line, values in zip(ax.get_lines()[before:], runs.values()):
+    ax = curves(x, means, xlabel, ylabel, markers=False, **settings)
+    for line, values in zip(ax.get_lines(), runs.values()):
         low, high = array(values).min(axis=0), array(values).max(axis=0)
         ax.fill_between(array(x), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    return ax
 
 
-def recall_panel(found, numbers, trained=16, ax=None, title=None):
+def recall_panel(found, numbers, trained=16, ax=None, title="trained with 16 pairs"):
     """Accuracy against the number of pairs. Lines are means, dots are seeds.
 
     found: {name: (seeds, len(numbers))}. Returns the axes."""
@@ -116,7 +112,7 @@ def recall_panel(found, numbers, trained=16, ax=None, title=None):
     for line, values in zip(ax.get_lines(), found.values()):
         ax.plot(numbers, array(values).T, "o", markersize=4, color=line.get_color())
     ax.axvline(trained, color=GREY, linestyle=":", linewidth=1)
-    ax.set_title(title or f"trained with {trained} pairs", fontsize=13)
+    ax.set_title(title, fontsize=13)
     return ax
 
 
@@ -138,8 +134,8 @@ def clear(ax, ticks=False):
 
 
 def box(ax, query):
-    """A red frame, edged with white, around a token. query: (row, column), or None for no frame."""
-    for colour, width in [("white", 4.5), ("red", 2)] if query is not None else []:
+    """A red frame, edged with white, around the token at (row, column)."""
+    for colour, width in [("white", 4.5), ("red", 2)]:
         ax.add_patch(Rectangle((query[1] - 0.5, query[0] - 0.5), 1, 1, fill=False, edgecolor=colour,
                                linewidth=width))
 
@@ -162,13 +158,22 @@ def outline(ax, mask, colour):
         ax.contour(axis, axis, fine, levels=[0.5], colors=[edge], linewidths=width, linestyles="-")
 
 
-def show_example(ax, ex):
-    """The photograph, the face outlined in yellow, the sky in white, the query in red."""
+def show_example(ax, ex, lines=()):
+    """The photograph with face, sky and query outlined, and what the lines under the maps say."""
     show_picture(ax, ex.picture)
     outline(ax, ex.face, "#FFD700")
     outline(ax, ex.sky, "white")
-    box(ax, divmod(ex.query, SIDE))
+    box(ax, QUERY)
     ax.set_title("query (red), face\n(yellow), sky (white)", fontsize=13)
+    under(ax, lines)
+
+
+def under(ax, lines):
+    """Lines of text under a picture."""
+    ax.set_xlabel("\n" * len(lines), fontsize=13)       # keeps room for them
+    for i, words in enumerate(lines):
+        ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", ha="center",
+                    textcoords="offset points", va="top", fontsize=13)
 
 
 def draw_map(ax, row, ex):
@@ -176,7 +181,7 @@ def draw_map(ax, row, ex):
     show_picture(ax, ex.picture, grey=True)
     image = ax.imshow(array((row / row.sum() * len(row)).view(SIDE, SIDE)), cmap=HEAT, vmin=0,
                       vmax=10, interpolation="nearest")
-    box(ax, divmod(ex.query, SIDE))
+    box(ax, QUERY)
     return image
 
 
@@ -190,34 +195,20 @@ def show_map(row, title):
     plt.show()
 
 
-def under(ax, lines):
-    """Lines of text under a picture."""
-    ax.set_xlabel("\n" * len(lines), fontsize=13)       # keeps room for them
-    for i, words in enumerate(lines):
-        ax.annotate(words, (0.5, 0), (0, -6 - 18 * i), xycoords="axes fraction", ha="center",
-                    textcoords="offset points", va="top", fontsize=13)
-
-
-def strip(maps, ex=None):
-    """The example's query in each of {name: map} on one scale, and its numbers, see shares().
-
-    maps: {name: (256, 256) or (256,)}; see attention_maps(). Two lines from six panels on."""
-    ex = ex or example()
-    n = len(maps) + 1
+def strip(maps):
+    """The example's query in each of {name: (256, 256)} on one scale, with numbers of shares()."""
+    ex, n = example(), len(maps) + 1
     lines = 1 if n < 6 else 2
     columns = math.ceil(n / lines)
     fig, axes = plt.subplots(lines, columns, squeeze=False,
                              figsize=(2.1 * columns + 1, 3.5 * lines))
-    first, *panels = axes.flat
-    show_example(first, ex)
-    under(first, ["weight on the face", "weight on the sky", "row entropy"])
-    for ax in panels[len(maps):]:
+    show_example(axes[0, 0], ex, ["weight on the face", "weight on the sky", "row entropy"])
+    for ax in axes.flat[n:]:
         ax.set_visible(False)
-    for ax, (name, m) in zip(panels, maps.items()):
-        row = m[ex.query] if m.dim() == 2 else m
-        image, found = draw_map(ax, row, ex), shares(row, ex)
+    for ax, (name, m) in zip(axes.flat[1:], maps.items()):
+        image, found = draw_map(ax, m[ex.query], ex), shares(m[ex.query], ex)
         ax.set_title(name, fontsize=14, fontweight="bold", pad=20,
-                     color=LOOKS[name][0] if name in LOOKS else BLACK)
+                     color=LOOKS.get(name, [BLACK])[0])
         if name in NAMES:
             ax.text(0.5, 1.025, "trained" if name in TRAINED else "not trained",
                     transform=ax.transAxes, ha="center", fontsize=12)
@@ -228,26 +219,24 @@ def strip(maps, ex=None):
     plt.show()
 
 
-def show_signed(rows, ex=None, top=6):
+def show_signed(rows):
     """The photograph, and beside it rows of weights that may be negative, as maps on one scale.
 
     rows: {title: (256,)}. Each is divided by the sum of its weights above zero."""
-    ex = ex or example()
+    ex = example()
     fig, axes = plt.subplots(1, len(rows) + 1, figsize=(2.3 * len(rows) + 3.4, 3.8))
-    show_example(axes[0], ex)
-    under(axes[0], ["above zero, face's share", "above zero, sky's share",
-                    "below zero / above zero"])
+    show_example(axes[0], ex, ["above zero, face's share", "above zero, sky's share",
+                               "below zero / above zero"])
     for ax, (title, row) in zip(axes[1:], rows.items()):
-        image = ax.imshow(array(row).reshape(SIDE, SIDE) * SIDE ** 2 / array(row).clip(0).sum(),
-                          cmap=plt.get_cmap("RdBu_r", 25), vmin=-top, vmax=top,
+        weights = array(row / row.clamp_min(0).sum() * len(row)).reshape(SIDE, SIDE)
+        image = ax.imshow(weights, cmap=plt.get_cmap("RdBu_r", 25), vmin=-6, vmax=6,
                           interpolation="nearest")
         clear(ax)
         ax.spines[:].set(visible=True, linewidth=0.8, color=GREY)
-        for mask in (ex.face, ex.sky):
-            outline(ax, mask, "white")
-        box(ax, divmod(ex.query, SIDE))
-        ax.set_title(LABELS.get(title, title), fontsize=14, fontweight="bold",
-                     color=LOOKS[title][0] if title in LOOKS else BLACK)
+        outline(ax, ex.face, "white")
+        outline(ax, ex.sky, "white")
+        box(ax, QUERY)
+        ax.set_title(title, fontsize=14, fontweight="bold", color=LOOKS.get(title, [BLACK])[0])
         found = shares(row, ex)
         under(ax, [f"{found.face:.0%}", f"{found.sky:.1%}",
                    f"{found.negative / (1 - found.negative):.2f}"])
@@ -276,41 +265,39 @@ def show_images(images, rows=(), columns=(), width=0.9):
 
 def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, signs=(), numbers=None,
               **imshow):
-    """Heat maps side by side. With vmin and vmax they share one colour bar, else each has its own.
+    """Matrices side by side. With vmin and vmax they share one colour bar, else each has its own.
 
-    maps: list of (side, side), or of any matrices; query: (row, column), boxed in all; picture:
-    (3, S, S) in [-1, 1]; label: of the bar; signs: what stands before each map, such as "+";
-    numbers: a format such as "{:.2f}" for the cells."""
+    query: (row, column), boxed in all; picture: (3, S, S), shown first; label: of the bar; signs:
+    what stands before each map, such as "+"; numbers: a format such as "{:.2f}" for the cells."""
     n = len(maps) + (picture is not None)
     columns, size = min(n, columns), min(3, 10.8 / columns)
     rows = math.ceil(n / columns)
     fig, axes = plt.subplots(rows, columns, squeeze=False,
                              figsize=(size * columns + 0.8, (size + 0.1) * rows))
-    panels = list(axes.flat)
-    for i, ax in enumerate(panels):
-        clear(ax)
-        ax.set_visible(i < n)
+    panels = axes.flat[:n]
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
     if picture is not None:
-        show_picture(panels[0], picture, maps[0].shape[0])
+        show_picture(panels[0], picture)
         panels[0].set_title("picture and query", fontsize=14)
-        box(panels.pop(0), query)
-    shared = "vmin" in imshow and "vmax" in imshow
-    for ax, values, title, sign in zip(panels, maps, titles, [*signs, *[""] * len(maps)]):
-        image = ax.imshow(array(values), interpolation="nearest", **imshow)
+    values = [array(m) for m in maps]
+    for ax, m, title in zip(panels[n - len(maps):], values, titles):
+        image = ax.imshow(m, interpolation="nearest", **imshow)
+        clear(ax)
         ax.set_title(title, fontsize=14)
         ax.spines[:].set(visible=True, linewidth=0.8, color="#949494")
-        ax.text(-0.1, 0.5, sign, transform=ax.transAxes, ha="center", va="center", fontsize=22)
-        box(ax, query)
-        for (i, j), value in np.ndenumerate(array(values)) if numbers else []:
+        for (i, j), value in np.ndenumerate(m) if numbers else []:
             ax.text(j, i, numbers.format(value), ha="center", va="center", fontsize=14)
-        if not shared:
-            bar = fig.colorbar(image, ax=ax, shrink=0.8, label=label)
-            bar.ax.tick_params(labelsize=12)
-    if shared:
-        every = np.concatenate([array(values).ravel() for values in maps])
-        low, high = np.nanmin(every) < imshow["vmin"], np.nanmax(every) > imshow["vmax"]
+        if "vmin" not in imshow:
+            fig.colorbar(image, ax=ax, shrink=0.8, label=label).ax.tick_params(labelsize=12)
+    for ax, sign in zip(panels, signs):
+        ax.text(-0.1, 0.5, sign, transform=ax.transAxes, ha="center", va="center", fontsize=22)
+    for ax in panels if query is not None else []:
+        box(ax, query)
+    if "vmin" in imshow:
+        below, above = np.nanmin(values) < imshow["vmin"], np.nanmax(values) > imshow["vmax"]
         fig.colorbar(image, ax=axes, shrink=0.8, label=label, pad=0.02,
-                     extend=["neither", "min", "max", "both"][low + 2 * high])
+                     extend=["neither", "min", "max", "both"][below + 2 * above])
     plt.show()
 
 
@@ -323,8 +310,7 @@ def show_set(tokens, query=0):
     ax.set_xticks([7.5, 23.5, 33], ["key, 16 numbers", "value, one of 16", "type"])
     ax.set_yticks([pairs / 2 - 0.5, 1.5 * pairs - 0.5], ["pairs", "queries"])
     ax.tick_params(axis="y", pad=48)
-    for x in (15.5, 31.5):
-        ax.axvline(x, color=BLACK, linestyle="-", linewidth=1)
+    ax.vlines([15.5, 31.5], -0.5, len(tokens) - 0.5, color=BLACK, linewidth=1)
     ax.axhline(pairs - 0.5, color=BLACK, linestyle="-", linewidth=2)
     ax.annotate("", (-0.6, query), (-0.6, pairs + query), annotation_clip=False, arrowprops=dict(
         arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.22"))
@@ -332,7 +318,7 @@ def show_set(tokens, query=0):
     plt.show()
 
 
-def show_percentages(table, rows, columns, xlabel, title=None, cmap="Blues", limits=(0, 1)):
+def show_percentages(table, rows, columns, xlabel, title, cmap, limits):
     """A table of shares, (R, C) in 0..1, coloured by cmap between the limits; nan is a dash."""
     _, ax = plt.subplots(figsize=(0.95 * len(columns) + 3.6, 0.52 * len(rows) + 1.0))
     ax.imshow(array(table), cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
@@ -367,7 +353,7 @@ def draw_cones(ax, router, extent, tokens=None):
               cmap=ListedColormap(CHOICES[:len(columns)]), vmin=-0.5, vmax=len(columns) - 0.5)
     for i, column in enumerate(columns):
         length = np.hypot(*column)
-        x, y = column / length * (0.85 * extent if tokens is not None else length + 0.1 * extent)
+        x, y = column / length * (length + 0.1 * extent if tokens is None else 0.85 * extent)
         if tokens is None:
             arrow(ax, *column)
         if tokens is None or router(torch.tensor([x, y]).float()).argmax() == i:
@@ -387,9 +373,8 @@ def draw_arrows(ax, arrows, title, low=0.0):
         arrow(ax, *point, colour)
     for line in (ax.axhline, ax.axvline):
         line(0, color=GREY, linestyle="-", linewidth=1, zorder=1)
-    ticks = np.arange(low, 1.1, 0.5)
-    ax.set(xlim=(1.1 * low, 1.1), ylim=(1.1 * low, 1.1), aspect="equal", title=title, xticks=ticks,
-           yticks=ticks)
+    ticks, limits = np.arange(low, 1.1, 0.5), (1.1 * low, 1.1)
+    ax.set(xlim=limits, ylim=limits, aspect="equal", title=title, xticks=ticks, yticks=ticks)
 
 
 # ---- Stills, animations and sliders --------------------------------------------------------------
@@ -424,8 +409,7 @@ def stills(draw, values, beside=True, dpi=80):
 def animation(draw, values):
     """What draw(value) draws for many values, as one animated PNG that plays for ever.
 
-    Show stills() of three of the values beside it, since paper doesn't move. All figures must have
-    one size, and axes that stay where they are. Sixteen figures of 7 x 4 inches have 150 KB."""
+    All figures must have one size. Paper doesn't move, so show stills() of three values, too."""
     frames = pictures_of(draw, values, dpi=80)
     n, height, width, _ = frames.shape
     column = Image.fromarray(frames.reshape(n * height, width, 3)).quantize(
@@ -434,16 +418,12 @@ def animation(draw, values):
     show_png(first, save_all=True, append_images=others, loop=0, duration=[150] * (n - 1) + [1500])
 
 
-def slider(function, stills_at=None, **ranges):
-    """The picture that function() draws, and a second copy of it with a slider.
+def slider(function, stills_at, **ranges):
+    """stills() of function(name=value), and a second copy of it with a slider.
 
-    ranges: one name=(low, high, step). stills_at: three values, of which stills() makes the first
-    picture. That picture is all there is in committed outputs."""
+    ranges: one name=(low, high, step). Committed outputs have the stills alone."""
     (name, _), = ranges.items()
-    if stills_at:
-        stills(lambda value: function(**{name: value}), stills_at)
-    else:
-        function()
+    stills(lambda value: function(**{name: value}), stills_at)
     if not os.environ.get("LAB_STATIC"):    # set by execute.py
         import ipywidgets
         ipywidgets.interact(function, **ranges)
@@ -462,21 +442,18 @@ class Sketch:
     """Boxes and arrows on a figure 11 inches wide; what isn't lit is grey and below what is."""
 
     def __init__(self, width, height, lit, colours):
-        unknown = set(lit) - set(colours)
-        if unknown:
+        if unknown := sorted(set(lit) - set(colours)):
             there = ", ".join(colours)
-            raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {there}")
-        self.lit, self.colours = set(lit or colours), colours
-        _, self.ax = plt.subplots(figsize=(11, 11 * height / width))
+            raise ValueError(f"no such part: {', '.join(unknown)}; there are {there}")
+        self.lit = set(lit or colours)
+        self.colours = {part: colours[part] if part in self.lit else DIM for part in colours}
+        self.ax = plt.subplots(figsize=(11, 11 * height / width))[1]
         self.ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
         clear(self.ax)
 
-    def colour(self, part):
-        return self.colours[part] if part in self.lit else DIM
-
     def box(self, part, x, y, text, width=1.3, height=0.62, cards=1, size=14):
         """A box centred at (x, y). Several cards are a bank, of which the front card was chosen."""
-        colour, on = self.colour(part), part in self.lit
+        colour, on = self.colours[part], part in self.lit
         pale = 0.08 if colour == BLACK else 0.22
         face = tuple(1 - pale * (1 - c) for c in to_rgb(colour)) if on else "#F7F7F7"
         for card in reversed(range(cards)):
@@ -488,18 +465,18 @@ class Sketch:
         self.note(part, x, y, text, fontsize=size)
 
     def circle(self, part, x, y, text):
-        self.ax.add_patch(plt.Circle((x, y), 0.21, facecolor="white", edgecolor=self.colour(part),
+        self.ax.add_patch(plt.Circle((x, y), 0.21, facecolor="white", edgecolor=self.colours[part],
                                      linewidth=2.2 if part in self.lit else 1.2, zorder=3))
-        self.note(part, x, y - 0.01, text, fontsize=17, color=self.colour(part))
+        self.note(part, x, y - 0.01, text, fontsize=17, color=self.colours[part])
 
-    def arrow(self, part, *points, head=True, colour=None):
+    def arrow(self, part, *points, head="-|>", colour=None):
         """A line through the points, with a head. colour: another than the part's, where lit."""
         on = part in self.lit
-        settings = dict(color=colour if colour and on else self.colour(part),
+        settings = dict(color=colour if colour and on else self.colours[part],
                         linewidth=2 if on else 1.2, zorder=2.2 if on else 2)
         self.ax.plot(*zip(*points[:-1]), linestyle="-", solid_joinstyle="round", **settings)
-        self.ax.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>" if head else "-",
-                                          shrinkA=0, shrinkB=0, mutation_scale=14, **settings))
+        self.ax.add_patch(FancyArrowPatch(*points[-2:], arrowstyle=head, shrinkA=0, shrinkB=0,
+                                          mutation_scale=14, **settings))
 
     def note(self, part, x, y, text, **settings):
         """Words at (x, y), black where the part is lit."""
@@ -511,8 +488,8 @@ class Sketch:
 def module_diagram(*lit):
     """Fig. 2(b), the DyDiLA module, with the named PARTS lit; all without a name. R: routers."""
     s = Sketch(12.4, 6.5, lit, PARTS)
-    lanes = {"Q": 5.35, "Q'": 4.2, "K": 2.95, "K'": 1.8, "V": 0.45}
-    weights = {"Q": "W_0^Q", "Q'": "W_{u}^Q", "K": "W_0^K", "K'": "W_{v}^K", "V": "W_0^V"}
+    lanes = {"Q": (5.35, "W_0^Q"), "Q'": (4.2, "W_{u}^Q"), "K": (2.95, "W_0^K"),
+             "K'": (1.8, "W_{v}^K"), "V": (0.45, "W_0^V")}
 
     def router(part, x, y, start):
         """A small R below the box at (x, y), which hears the token that passes at x = start."""
@@ -520,11 +497,11 @@ def module_diagram(*lit):
         s.arrow(part, (start, y), (start, y - 0.47), (x - 0.43, y - 0.47))
 
     s.box("X", 0.5, 2.95, "$X$", 0.7)
-    for name, y in lanes.items():
+    for name, (y, weight) in lanes.items():
         routed = "'" in name
         part = "routed projection" if routed else "shared projection"
         s.arrow(part, (0.85, 2.95), (1.2, 2.95), (1.2, y), (1.85, y))
-        s.box(part, 2.5, y, f"${weights[name]}$", cards=3 if routed else 1)
+        s.box(part, 2.5, y, f"${weight}$", cards=3 if routed else 1)
         if routed:
             router(part, 2.5, y, 1.5)
         if name != "V":
@@ -533,11 +510,10 @@ def module_diagram(*lit):
             s.box("kernel", 4.75, y, r"$\phi_{f}$", 1.1, cards=3)
             router("kernel", 4.75, y, 3.9)
     last = "differential" if "differential" in s.lit else "attention"
-    for symbol, end in [("Q", 4.1), ("K", 3.5)]:
-        y, below = lanes[symbol], lanes[symbol + "'"]
+    for symbol, y, below, end in [("Q", 5.35, 4.2, 4.1), ("K", 2.95, 1.8, 3.5)]:
         middle = (y + below) / 2 - 0.1
         s.arrow("kernel", (5.42, y), (6.99, y))
-        s.arrow("kernel", (5.42, below), (7.2, below), head=False)
+        s.arrow("kernel", (5.42, below), (7.2, below), head="-")
         s.note("kernel", 5.72, y + 0.22, rf"$\tilde {symbol}$")
         s.note("kernel", 5.72, below + 0.22, rf"$\tilde {symbol}'$")
         for start in (y, below):
@@ -557,20 +533,20 @@ def module_diagram(*lit):
     s.circle("output", 10.85, 3.8, "$+$")
     s.arrow("output", (11.06, 3.8), (11.3, 3.8))
     s.box("output", 11.78, 3.8, "$W^O$", 0.95)
-    for x, part in [(2.5, "routed projection"), (4.75, "kernel"), (7.0, "differential")]:
-        s.note(part, x, 6.25, {2.5: "projection", 4.75: "measure kernel"}.get(x, part),
-               color=s.colour(part) if part in s.lit else DIM_TEXT)
+    for x, part, words in [(2.5, "routed projection", "projection"),
+                           (4.75, "kernel", "measure kernel"),
+                           (7.0, "differential", "differential")]:
+        s.note(part, x, 6.25, words, color=s.colours[part] if part in s.lit else DIM_TEXT)
     plt.show()
 
 
-def transformer_diagram(*lit, title=None):
+def transformer_diagram(*lit):
     """Fig. 2(a), the transformer, with the named parts of SHELL lit; all without a name."""
     s = Sketch(13.7, 4.1, lit, SHELL)
     y, bus, top = 1.2, 2.8, 3.5
-    s.ax.set_title(title)
     s.ax.add_patch(Rectangle((3.2, 0.15), 7.4, 2.3, facecolor="#FAFAFA", edgecolor="#888888",
                              linewidth=1.5, linestyle="--", zorder=0))
-    s.ax.text(5.25, 2.15, "one of L blocks", ha="center", va="center", fontsize=13, color="#555555")
+    s.note("AdaLN", 5.25, 2.15, "one of L blocks", fontsize=13, color="#555555")
     stations = [        # along the tokens' path, which is black: part, x, text, width
         ("latent", 0.62, "noisy\nlatent", 1.1), ("patches", 2.2, "patches\n+ positions", 1.5),
         ("AdaLN", 4.0, "AdaLN", 1.0), ("attention", 5.4, "DyDiLA", 1.15),
@@ -595,7 +571,7 @@ def transformer_diagram(*lit, title=None):
     s.arrow("condition", (3.8, top), (4.29, top))
     s.arrow("condition", (1.3, top + 0.31), (1.3, top + 0.5), (4.5, top + 0.5), (4.5, top + 0.21))
     s.note("condition", 4.85, top, "$c$ sets shift, scale and gate (×) of every block", ha="left")
-    s.arrow("AdaLN", (4.5, top - 0.21), (4.5, bus), head=False)
+    s.arrow("AdaLN", (4.5, top - 0.21), (4.5, bus), head="-")
     for x, height in [(4.0, 0.45), (6.4, 0.21), (8.0, 0.45), (9.8, 0.21), (11.5, 0.45)]:
         s.arrow("AdaLN", (4.5, bus), (x, bus), (x, y + height))
     plt.show()
