@@ -60,6 +60,7 @@ def test_permuted_keys_bring_other_tokens_values_in_each_picture():
 
 def test_use_measures_lengths_zeros_and_what_the_loss_costs(small):
     model, data = small
+    assert len(data.images) == 20 and (data.images != train.shapes(20).images).any()    # unseen
     seen = []
     hook = model.blocks[1].attn.differential.register_forward_hook(lambda *args: seen.append(args))
     found = eq8.use(model, data)
@@ -73,6 +74,11 @@ def test_use_measures_lengths_zeros_and_what_the_loss_costs(small):
     torch.testing.assert_close(mean[:, 5], out.sum(dim=1) / out.shape[1])
     assert mean.shape == zero.shape == out.shape and not zero.any()
     assert len({found[f"log_{way}"] for way in eq8.WITHOUT}) == 4
+    t = torch.arange(0, 1000, 50)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    x, _, noise, y = eq8.noisy(data, t, seed=0)
+    with torch.no_grad():
+        loss = dydilit.GaussianDiffusion().losses(model, x, y, t, noise)["loss"]
+    assert found["log_whole"] == pytest.approx(loss.log().mean().item(), rel=1e-4)
     assert found == eq8.use(model, data)                    # the hooks are gone, the noise repeats
     bands = [found[f"square_whole_{low}"] for low in (0, 100, 400, 700)]
     assert np.average(bands, weights=[2, 6, 6, 6]) == pytest.approx(found["square_whole"])
