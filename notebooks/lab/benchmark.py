@@ -38,7 +38,7 @@ def macs(name, **overrides):
         return sum(cost.count_macs(dydilit.build_model(name, **overrides))["honest"].values())
 
 
-def median_ms(functions, repeats):
+def median_ms(functions, repeats=7):
     """Median milliseconds of each of {name: function}, which take turns; on one CPU thread, of the
     processor's own time, which other programs hardly change."""
     clock = time.perf_counter if CUDA or torch.get_num_threads() > 1 else time.process_time
@@ -70,7 +70,7 @@ def stepper(name, batch):
 def step(batch=64 if CUDA else 4):
     """Training steps of the three small models."""
     names = [f"{kind}-S/2" for kind in KINDS]
-    ms = median_ms({name: stepper(name, batch) for name in names}, repeats=7)
+    ms = median_ms({name: stepper(name, batch) for name in names})
     ours = names.pop()
     for name in names:
         report(f"training step, {ours} / {name}", f"{ms[ours] / ms[name]:.3f}",

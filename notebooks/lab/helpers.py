@@ -1,4 +1,4 @@
-"""What the notebooks share: the check of answers, timing, and the course's one example.
+"""What the notebooks share: the check of answers, and the course's one example.
 
 The example is a photograph cut into tokens, with one query on the face. Q and K share a random
 projection, so that q k^T measures how alike two patches look. What lessons 2 to 5 add is trained
@@ -8,7 +8,6 @@ import functools
 import hashlib
 import pathlib
 import sys
-import time
 import types
 import weakref
 
@@ -25,6 +24,7 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402, F401
 from lab import cost  # noqa: E402, F401
+from lab.benchmark import median_ms  # noqa: E402, F401
 from lab.measures import row_entropy, row_variance  # noqa: E402, F401
 
 if torch.cuda.is_available():
@@ -54,22 +54,6 @@ def check(number, answer, expected, tolerance=1e-3):
     except (TypeError, ValueError):         # another shape, or no number at all
         verdict = "not right yet."
     print(f"Exercise {number}: {verdict}")
-
-
-def median_ms(functions, repeats=7):
-    """Milliseconds of each of {name: function}, called in turn: the median of the faster half.
-
-    Other work on the machine can only make a call slower."""
-    times = {name: [] for name in functions}
-    for i in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i:                           # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(sorted(t)[:repeats // 2 + 1])) for name, t in times.items()}
 
 
 class Allocations(TorchDispatchMode):
@@ -107,7 +91,7 @@ TRAINED = ["dynamic", "projected"]          # projected: routed projections as Q
 NAMES = ["softmax", "ReLU", "focused", *TRAINED]
 
 
-def photo(size=64):
+def photo(size):
     """Rear Admiral Grace Hopper, whom matplotlib brings along. (1, 3, size, size) in [-1, 1]."""
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         image = Image.open(file).convert("RGB")             # 512 x 600
@@ -126,14 +110,14 @@ def features(picture):
     return x.shape[1] ** 0.5 * F.normalize((x - x.mean(dim=0)) / x.std(dim=0), dim=1)
 
 
-def example(seed=0):
-    """The photograph as tokens, with random weights of the seed. A namespace of
+def example():
+    """The photograph as tokens, with random weights, always the same. A namespace of
 
     picture (3, 128, 128) in [-1, 1], to look at; features (256, 12) and tokens (256, 64), to
     compute with; embed (12, 64), w_qk and w_v (64, 64), the projections of Q and K (one for both)
     and of V; q, k, v (256, 64); query, its number; face, sky (256,) bool, the tokens on either."""
     with torch.device("cpu"), torch.random.fork_rng():      # the same everywhere, no seed disturbed
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         embed = torch.randn(12, WIDTH) / 12 ** 0.5
         w_qk, w_v = (torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0] for _ in range(2))   # rotations
         face, sky = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
@@ -145,12 +129,12 @@ def example(seed=0):
     return types.SimpleNamespace(
         picture=photo(128)[0], features=seen, tokens=x, embed=embed, w_qk=w_qk, w_v=w_v, q=x @ w_qk,
         k=x @ w_qk, v=x @ w_v, query=QUERY[0] * SIDE + QUERY[1], face=face.flatten(),
-        sky=sky.flatten(), seed=seed)
+        sky=sky.flatten())
 
 
-def noisy(ex, copies, sigma=0.5):
+def noisy(ex, copies):
     """The example's tokens with noise on their features. (copies, 256, 64)."""
-    return (ex.features + sigma * torch.randn(copies, *ex.features.shape)) @ ex.embed
+    return (ex.features + 0.5 * torch.randn(copies, *ex.features.shape)) @ ex.embed
 
 
 class Attention(nn.Module):
@@ -169,19 +153,23 @@ class Attention(nn.Module):
         q = k = x @ self.w_qk
         if self.name == "softmax":
             return dydilit.softmax_attention(q, k, v)
-        if self.name in ("ReLU", "focused"):
-            q = k = q.relu() if self.name == "ReLU" else dydilit.focused_kernel(q, 3.0)
+        if self.name == "ReLU":
+            q = k = q.relu()
+        elif self.name == "focused":
+            q = k = dydilit.focused_kernel(q, 3.0)
+        elif self.name == "dynamic":
+            q, k = self.kernel(q, k)
         else:
-            q, k = self.kernel(*(self.projection(x) if self.name == "projected" else (q, k)))
+            q, k = self.kernel(*self.projection(x))
         return dydilit.linear_attention(q, k, v)
 
 
 @functools.cache
-def attention(name, seed=0):
-    """An Attention, trained if it has weights to train; the same one for the same arguments."""
-    ex = example(seed)
+def attention(name):
+    """An Attention, trained if it has weights to train; always the same one."""
+    ex = example()
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         module = Attention(name, ex)
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-2) if name in TRAINED else None
         for _ in range(200 if optimizer else 0):
@@ -193,12 +181,10 @@ def attention(name, seed=0):
     return module.requires_grad_(False)
 
 
-def attention_maps(*names, seed=0):
+def attention_maps(*names):
     """{name: (256, 256)}, a row per query. With the identity as V, attention returns its map."""
-    ex = example(seed)
-    identity = torch.eye(SIDE * SIDE)[None]
-    with torch.no_grad():
-        return {name: attention(name, seed)(ex.tokens[None], identity)[0] for name in names}
+    tokens, identity = example().tokens[None], torch.eye(SIDE * SIDE)[None]
+    return {name: attention(name)(tokens, identity)[0] for name in names}
 
 
 def shares(row, ex):
