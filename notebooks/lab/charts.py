@@ -41,21 +41,19 @@ def race(x, ys, xlabel, ylabel, **settings):
     return curves(x, {}, xlabel, ylabel, ax=ax, **settings)
 
 
-def bars(parts, xlabel, labels=(None,), colours=(SKY, ORANGE), form="{:.0%}", width=9.0, base=0,
-         ax=None, loc="lower right"):
+def bars(parts, xlabel, labels=(None,), colours=None, form="{:.0%}", base=0, loc="lower right"):
     """Horizontal bars of {name: number, or one per label}, each with its number. Returns the axes.
 
-    They begin at `base`. If that is not 0, the axis is logarithmic and they lead to either side."""
+    colours: one per label, or one per bar. The bars begin at `base`. If that is not 0, the axis is
+    logarithmic and they lead to either side."""
     every = np.array([np.atleast_1d(values) for values in parts.values()])
     rows, n = every.shape
-    ax = ax or plt.subplots(figsize=(width, 0.9 + (0.26 + 0.26 * n) * rows))[1]
+    ax = plt.subplots(figsize=(9, 0.9 + (0.26 + 0.26 * n) * rows))[1]
+    colours = (colours or (SKY, ORANGE)) if n > 1 else [colours or BLUE]
     for j, label in enumerate(labels):
         y = np.arange(rows) + (j - (n - 1) / 2) * 0.8 / n
-        colour, hatch = colours[j] if n > 1 else BLUE, "//" if n > 1 and j == 0 else None
-        if n == 1 and len(colours) >= rows:
-            colour = list(colours)[:rows]
-        ax.barh(y, every[:, j] - base, left=base, height=0.72 / n, label=label, color=colour,
-                edgecolor="white", hatch=hatch)
+        ax.barh(y, every[:, j] - base, left=base, height=0.72 / n, label=label, color=colours[j],
+                edgecolor="white", hatch="//" if n > 1 and j == 0 else None)
         for height, value in zip(y, every[:, j]):
             ax.text(value, height, f" {form.format(value)} ", va="center", fontsize=13,
                     ha="left" if value >= base else "right")
