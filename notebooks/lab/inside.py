@@ -17,37 +17,30 @@ def key(fig):
     fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=14, frameon=False)
 
 
-def grid_of(names, columns=4, **size):
-    """A figure with an axes for each name, in rows of `columns`, and the names as titles."""
-    fig, axes = plt.subplots(len(names) // columns, columns, squeeze=False, **size)
-    for ax, name in zip(axes.flat, names):
-        ax.set_title(name, fontsize=15)
-    return fig, axes
-
-
 def show_loads(loads, groups):
     """For each router the shares of its choices in every group. loads: {router: (groups, 3)}."""
     size = (5.2 * len(loads), 4.8)
-    fig, axes = grid_of(loads, len(loads), figsize=size, sharex=True, sharey=True)
-    for ax, shares in zip(axes.flat, loads.values()):
-        left = np.zeros(len(groups))
-        for choice, colour in zip(array(shares).T, CHOICES):
-            ax.barh(groups, choice, left=left, color=colour, height=0.82)
-            left += choice
+    fig, axes = plt.subplots(1, len(loads), figsize=size, sharex=True, sharey=True)
+    for ax, (name, shares) in zip(axes, loads.items()):
+        shares = array(shares)
+        for choice, start, colour in zip(shares.T, shares.cumsum(axis=1).T - shares.T, CHOICES):
+            ax.barh(groups, choice, left=start, color=colour, height=0.82)
+        ax.set_title(name, fontsize=15)
         ax.set(xlim=(0, 1), xticks=[0, 0.2, 0.4, 0.6, 0.8])
         ax.grid(False)
         ax.tick_params(length=0)
-    axes[0, 0].invert_yaxis()
+    axes[0].invert_yaxis()
     fig.supxlabel("share of the tokens", fontsize=14)
     key(fig)
     plt.show()
 
 
 def show_shares(x, shares, xlabel):
-    """For each router the shares of the choices over x. shares: {router: (len(x), choices)}."""
-    fig, axes = grid_of(shares, figsize=(11.5, 5.8), sharex=True, sharey=True)
-    for ax, values in zip(axes.flat, shares.values()):
+    """For each of eight routers the shares of its choices over x. shares: {router: (len(x), 3)}."""
+    fig, axes = plt.subplots(2, 4, figsize=(11.5, 5.8), sharex=True, sharey=True)
+    for ax, (name, values) in zip(axes.flat, shares.items()):
         ax.stackplot(x, array(values).T, colors=CHOICES)
+        ax.set_title(name, fontsize=15)
         ax.set(xlim=(x[0], x[-1]), ylim=(0, 1), yticks=[0, 0.5, 1], xticks=[750, 500, 250])
     for ax in axes[:, 0]:
         ax.set_ylabel("share of tokens")
@@ -59,17 +52,16 @@ def show_shares(x, shares, xlabel):
 def show_route_maps(pictures, routes):
     """Pictures in the first row, below them what each router chose there.
 
-    pictures: (P, 3, S, S) in [-1, 1]; routes: {router: (P, side^2) int}."""
-    side = int(next(iter(routes.values())).shape[1] ** 0.5)
+    pictures: (P, 3, S, S) in [-1, 1]; routes: {router: (P, 64) int}."""
     size = (1.6 * len(pictures) + 1.6, 1.7 * len(routes) + 2.2)
     fig, axes = plt.subplots(len(routes) + 1, len(pictures), figsize=size)
     for row, name in zip(axes, ["picture", *routes]):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=15)
     for ax, picture in zip(axes[0], pictures):
-        show_picture(ax, picture, side)
+        show_picture(ax, picture, 8)
     for row, index in zip(axes[1:], routes.values()):
         for ax, image in zip(row, index):
-            ax.imshow(array(image).reshape(side, side), cmap=ListedColormap(CHOICES), vmin=-0.5,
+            ax.imshow(array(image).reshape(8, 8), cmap=ListedColormap(CHOICES), vmin=-0.5,
                       vmax=2.5, interpolation="nearest")
             clear(ax)
     key(fig)
@@ -81,14 +73,12 @@ def show_chance(measured, shuffled):
 
     measured: {name: number}; shuffled: {name: numbers}."""
     fig, ax = plt.subplots(figsize=(8, 4.8))
-    for i, (name, value) in enumerate(measured.items()):
-        low, high, n = min(shuffled[name]), max(shuffled[name]), len(shuffled[name])
-        ax.barh(i, high - low, left=low, height=0.55, color=BLUE,
-                label=None if i else f"{n} shuffles")
-        ax.plot(value, i, "o", color=ORANGE, markersize=12, markeredgecolor="white",
-                label=None if i else "the classes")
-    ax.set(yticks=range(len(measured)), yticklabels=list(measured), xlim=(0, None),
-           xlabel="tokens that would have to change their projector")
+    low, high = (np.array([end(numbers) for numbers in shuffled.values()]) for end in (min, max))
+    count, names = len(next(iter(shuffled.values()))), list(measured)
+    ax.barh(names, high - low, left=low, height=0.55, color=BLUE, label=f"{count} shuffles")
+    ax.plot(list(measured.values()), names, "o", color=ORANGE, markersize=12,
+            markeredgecolor="white", label="the classes")
+    ax.set(xlim=(0, None), xlabel="tokens that would have to change their projector")
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.invert_yaxis()
     fig.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -98,13 +88,12 @@ def show_chance(measured, shuffled):
 def show_stages(picture, rows, titles, query):
     """The picture, a query's row of each map on one scale, and the last row minus the one before.
 
-    picture: (3, S, S); rows: list of (N,), in multiples of the even weight; query: the token."""
-    side = int(len(rows[0]) ** 0.5)
-    maps = [array(row).reshape(side, side) for row in rows]
+    picture: (3, S, S); rows: list of (64,), in multiples of the even weight; query: the token."""
+    maps = [array(row).reshape(8, 8) for row in rows]
     change = maps[-1] - maps[-2]
     low, top, most = min(0, np.min(maps)), np.max(maps), abs(change).max()
     fig, axes = plt.subplots(1, len(rows) + 2, figsize=(2.75 * (len(rows) + 2), 3.4))
-    show_picture(axes[0], picture, side)
+    show_picture(axes[0], picture, 8)
     for ax, m in zip(axes[1:-1], maps):
         image = ax.imshow(m, vmin=low, vmax=top, interpolation="nearest")
     fig.colorbar(image, ax=list(axes[1:-1]), shrink=0.8, pad=0.01)
@@ -113,7 +102,7 @@ def show_stages(picture, rows, titles, query):
     for ax, title in zip(axes, ["picture, query", *titles, f"{titles[-1]} − {titles[-2]}"]):
         clear(ax)
         ax.set_title(title, fontsize=15)
-        box(ax, divmod(query, side))
+        box(ax, divmod(query, 8))
     plt.show()
 
 
