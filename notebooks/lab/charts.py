@@ -225,7 +225,7 @@ def write_floors(data_dir):
     held_out = eq8.held_out_images("cifar10", data_dir)
     ratio = diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus
     for band in range(ladder.BANDS):
-        x, _, _, y, t = ladder.noisy_band(held_out, band)
+        x, _, y, t = ladder.noisy_band(held_out, band)
         error = (ratio[t].view(-1, 1, 1, 1) * (x - means[y])).square().mean().item()
         lines.append(dict(timesteps_from=band * 1000 // ladder.BANDS, squared_error=error))
     measures.save_log(experiment.RESULTS / "verdict/floors.csv", lines)

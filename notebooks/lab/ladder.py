@@ -126,12 +126,10 @@ def flags(variant, known):
 # ---- What is measured on a trained model ------------------------------------------------------
 
 def noisy_band(data, band):
-    """The held-out images with noise of a band's timesteps, the same in every call.
-
-    Returns x_0, x_t, noise, labels, t."""
+    """The held-out images, noise, their labels and a band's timesteps, the same in every call."""
     width, generator = 1000 // BANDS, torch.Generator().manual_seed(band)
     t = band * width + torch.randint(width, (len(data.labels),), generator=generator)
-    return *eq8.noisy(data, t, seed=1000 + band), t
+    return *eq8.noisy(data, len(t), seed=1000 + band), t
 
 
 @torch.no_grad()
@@ -143,7 +141,7 @@ def held_out_losses(model, data, batch=100):
     device, plain, logs = model.pos_embed.device, [], []
     diffusion = dydilit.GaussianDiffusion().to(device)
     for band in range(BANDS):
-        x, _, noise, y, t = noisy_band(data, band)
+        x, noise, y, t = noisy_band(data, band)
         batches = zip(*(a.to(device).split(batch) for a in (x, y, t, noise)))
         found = [diffusion.losses(model, *inputs) for inputs in batches]
         plain.append(torch.cat([losses["simple"] for losses in found]).mean().item())
