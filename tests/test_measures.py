@@ -96,7 +96,7 @@ def test_tsne_takes_its_first_steps_as_published_and_ends_in_a_minimum():
     for i in range(60):                         # until each row of p has the perplexity
         p = torch.softmax(-precision * d2, 1)
         flat = torch.special.entr(p).sum(1, True) > math.log(8)
-        precision = precision * 2 ** torch.where(flat, 8 * 0.5 ** i, -8 * 0.5 ** i)
+        precision = precision * 2 ** ((2 * flat.double() - 1) * 8 * 0.5 ** i)
     p = (p + p.T) / 120
 
     def slope(y, exaggeration):                 # of KL(p || q)
