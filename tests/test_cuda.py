@@ -1,9 +1,4 @@
 """What a GPU does differently: bfloat16, its own kernels, compilation for it, and the commands."""
-import csv
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +6,7 @@ import torch
 import dydilit
 import train
 from lab import eq8
+from test_train import finish, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 DEVICE = torch.device("cuda", 0)
@@ -23,17 +19,8 @@ def far(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
-def run(*argv):
-    """What `python train.py ...` prints, on the first GPU alone."""
-    first = dict(CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
-    done = subprocess.run([sys.executable, train.__file__, *map(str, argv)], capture_output=True,
-                          text=True, timeout=600, env=os.environ | first)
-    return done.stdout + done.stderr
-
-
 def losses(folder):
-    with open(folder / "log.csv", newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+    return [float(row["loss"]) for row in rows(folder)]
 
 
 @pytest.mark.parametrize("used", [range(5), [1, 3], [2]])
@@ -75,24 +62,11 @@ def test_model_under_autocast_is_near_float32(fields):
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_those_of_the_model_as_it_stands():
-    data, found = train.shapes(32), []
-    x, y = (v.to(DEVICE) for v in data.batch(torch.arange(32), torch.zeros(32, dtype=torch.bool)))
-    diffusion = dydilit.GaussianDiffusion().to(DEVICE)
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = dydilit.build_model("DyDi-LiT-XS/4", label_dropout=0.0).to(DEVICE)
-        forward = torch.compile(model) if compiled else model
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0, fused=True)
-        t, noise = torch.arange(32, device=DEVICE) * 31, torch.randn(x.shape, device=DEVICE)
-        for _ in range(3):
-            with train.autocast(DEVICE):
-                loss = diffusion.losses(forward, x, y, t, noise)["loss"].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-    assert found[3:] == pytest.approx(found[:3], rel=0.02)
+def test_compiled_steps_are_those_of_the_model_as_it_stands(tmp_path):
+    every = [*RUN, "--steps", 3, "--log-every", 1, "--set", "label_dropout=0.0"]
+    finish(*every, "--run", tmp_path / "plain")
+    finish(*every, "--run", tmp_path / "compiled", "--compile")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
 
 
 def test_a_card_without_bfloat16_computes_in_float32(monkeypatch):
@@ -104,20 +78,21 @@ def test_a_card_without_bfloat16_computes_in_float32(monkeypatch):
 
 def test_the_two_commands_and_a_resumed_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert "20 steps done" in run(*RUN, "--steps", 20, "--run", whole)
+    assert "trained for 20 steps" in finish(*RUN, "--steps", 20, "--run", whole)
     assert len(losses(whole)) == 4 and losses(whole)[-1] < losses(whole)[0]
-    run(*RUN, "--steps", 10, "--run", stopped)
-    assert "resuming at step 10 of 20" in run(*RUN, "--steps", 20, "--run", stopped)
+    finish(*RUN, "--steps", 10, "--run", stopped)
+    assert "resuming at step 10 of 20" in finish(*RUN, "--steps", 20, "--run", stopped)
     # A GPU's sums need not repeat to the bit.
     assert losses(stopped) == pytest.approx(losses(whole), rel=0.02)
     for sampler in ("ddpm", "ddim"):
-        out = tmp_path / f"{sampler}.npz"
-        run("sample", "--run", whole, "--num", 12, "--steps", 3, "--sampler", sampler, "--out", out)
-        samples = np.load(out)["arr_0"]
+        finish("sample", "--run", whole, "--num", 12, "--steps", 3, "--sampler", sampler,
+               "--out", tmp_path / f"{sampler}.npz")
+        samples = np.load(tmp_path / f"{sampler}.npz")["arr_0"]
         assert samples.shape == (12, 32, 32, 3) and samples.std() > 5
-    assert "at step 20 of 21" in run(*RUN, "--steps", 21, "--run", whole, "--device", "cpu")
+    assert "at step 20 of 21" in finish(*RUN, "--steps", 21, "--run", whole, "--device", "cpu")
 
 
 def test_a_full_memory_is_named(tmp_path):
-    assert "out of memory; train with a larger --accumulate" in run(
-        "--batch-size", "16384", "--run", tmp_path / "run", "--set", "dim=384", "patch_size=1")
+    assert "out of memory; train with a larger --accumulate" in finish(
+        "--batch-size", "16384", "--run", tmp_path / "run", "--set", "dim=384", "patch_size=1",
+        code=1)
