@@ -23,9 +23,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
-        slow = [item for item in items if "slow" in item.keywords]
         items[:] = [item for item in items if "slow" not in item.keywords]
-        config.hook.pytest_deselected(items=slow)
 
 
 # Several threads would wait for each other at every small product, and on a busy machine for long.
@@ -55,15 +53,10 @@ def known():
 def cli(monkeypatch, tmp_path):
     """What `python train.py ...` does, in an empty folder and with fewer shapes."""
     import train
-
-    def run(*argv):
-        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            train.explained(train.main, [*map(str, argv)])
-        finally:
-            for n, handler in handlers:
-                signal.signal(n, handler)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(train, "shapes", lambda n=64, real=train.shapes: real(n))
-    return run
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield lambda *argv: train.explained(train.main, [*map(str, argv)])
+    for number, handler in handlers:
+        signal.signal(number, handler)

@@ -15,7 +15,6 @@ from lab.eq8 import Divided
 N, D = 9, 8                             # tokens, of a 3x3 grid, and their width
 GAMMA = 2.5                             # of the second rung of Table 4, which has no bank
 FINE = dict(rtol=1e-9, atol=1e-12)
-FLOAT32 = dict(rtol=2e-4, atol=1e-5)
 
 
 def tensors(count, *shape):
@@ -129,7 +128,8 @@ def eq_6(z, router, gammas):
 
 
 @pytest.mark.parametrize("scale", [1e30, 1, 1e-30])
-@pytest.mark.parametrize("dtype, close", [(torch.float64, FINE), (torch.float32, FLOAT32)])
+@pytest.mark.parametrize("dtype, close", [
+    (torch.float64, FINE), (torch.float32, dict(rtol=2e-4, atol=1e-5))])
 def test_focused_kernel_is_eq_5_at_any_scale(dtype, close, scale):
     """Eq. 5 scales with its token, and unlike the loop, the library must not overflow."""
     z, = tensors(1, 16, D)
@@ -262,18 +262,3 @@ def test_powers_norms_and_factors_have_float32_digits_in_half_precision(half):
     torch.testing.assert_close(out[0], want.float(), rtol=1e-5, atol=1e-6)
     want = eq_8(*[z[0].double()] * 5, *[torch.full((N, 1), 0.01003)] * 2) / N
     torch.testing.assert_close(difference[0], want.float(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("fields", [{}, dict(differential="map"), dict(n_heads=4), LADDER[3][1]])
-def test_outputs_and_gradients_are_finite_for_any_tokens(fields, bfloat16):
-    cfg = ModelConfig(dim=32, n_projectors=2, n_gammas=3, n_lambdas=3, **fields)
-    noise, few, zero = torch.randn(1, 4096, 32), torch.randn(1, 16, 32), torch.zeros(1, 16, 32)
-    one_large = torch.cat([zero[:, 1:], 1e4 * few[:, :1]], dim=1)
-    for x in [1e4 * noise, few, 1e-4 * few, zero, zero + 1, one_large]:
-        module, x = dydilit.block_parts(cfg, 0)[0], x.requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            out = module(x)
-        out.float().square().mean().backward()
-        found = [out, x.grad, *(p.grad for p in module.parameters())]
-        assert all(t.isfinite().all() for t in found)
