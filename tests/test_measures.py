@@ -265,7 +265,7 @@ def test_command_with_a_classifier_of_the_reference(cli, capsys, monkeypatch):
     (dict(arr_0=pictures(7), arr_1=np.arange(7)), "arr_0 must be uint8 .* of 8 or more"),
     (dict(arr_1=np.arange(19)), "arr_1 must be a whole number for each image"),
     (dict(arr_1=np.array([*"abcde"] * 4)), "arr_1 must be a whole number for each image"),
-    (dict(arr_1=np.ones(20, int)), "a classifier needs labels of two classes or more"),
+    (dict(arr_1=np.ones(20, int)), "labels of fewer than two classes"),
     (dict(arr_0=pictures(20, 9)), "images of 8x8, the reference's are 9x9; make both of one size")])
 def test_bad_input_is_named_in_one_line(cli, change, message):
     good = dict(arr_0=pictures(20), arr_1=np.arange(20))

@@ -71,7 +71,7 @@ def gated_linear_attention(part, cfg, n, chunk=16):
 
 def swiglu(part, cfg, n):
     """DiG's. "paper" leaves the last of its three products out, see NEIGHBOUR_GFLOPS."""
-    hidden = neighbours.swiglu_width(cfg.dim)
+    hidden = part.contract.in_features
     return {"feed-forward": (2 * hidden * cfg.dim, 3 * hidden * cfg.dim)}
 
 

@@ -14,7 +14,6 @@ channels of mixed_6's first convolution (7 x 17 x 17 = 2,023) and the 1,008 logi
 only for the same network, reference and image count.
 """
 import argparse
-import contextlib
 import csv
 import pathlib
 import subprocess
@@ -51,15 +50,12 @@ def kernel_distance(x, y, subset=1000, n_subsets=100, seed=0):
     The mean over random subsets of so many images of each side. May be negative."""
     generator, n = np.random.default_rng(seed), min(subset, len(x), len(y))
 
-    def some(f):
-        return f[torch.as_tensor(generator.choice(len(f), n, replace=False)).to(f.device)].double()
-
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     total = 0
     for _ in range(n_subsets):
-        a, b = some(x), some(y)
+        a, b = (f[generator.choice(len(f), n, replace=False)].double() for f in (x, y))
         within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (kernel(a, a), kernel(b, b)))
         total += (within - 2 * kernel(a, b).mean()).item()
     return total / n_subsets
@@ -127,14 +123,13 @@ def tsne(x, perplexity=30, steps=750):
     u, _, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     y = u[:, :2] / u[:, :2].std() * 1e-4        # from the principal components: always the same map
     speed, gain = torch.zeros_like(y), torch.ones_like(y)
-    rate = max(len(x) / 48, 50)
     for step in range(steps):
         w = 1 / (1 + torch.cdist(y, y).square())
         w.fill_diagonal_(0)
         pull = ((12 if step < 250 else 1) * p - w / w.sum()) * w    # at first more: clusters form
         grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
         gain = torch.where((grad > 0) == (speed > 0), gain * 0.8, gain + 0.2).clamp_min(0.01)
-        speed = (0.5 if step < 250 else 0.8) * speed - rate * gain * grad
+        speed = (0.5 if step < 250 else 0.8) * speed - 50 * gain * grad
         y = y + speed
     return y
 
@@ -227,12 +222,6 @@ def load_npz(path):
     return images, labels
 
 
-def write_npz(path, images, labels):
-    """Writes what load_npz reads. images: (M, H, W, 3) uint8; labels: (M,)."""
-    with train.replacing(path) as file:
-        np.savez(file, arr_0=images, arr_1=np.asarray(labels, np.int64))
-
-
 def save_log(path, log):
     """Writes a list of dictionaries as a table."""
     with train.replacing(path, "w", newline="") as file:
@@ -259,11 +248,9 @@ def read(path):
 
 def commit():
     """The commit of this code, with a + if its files have changed; "" where there is no git."""
-    command = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True,
-                              text=True).stdout.strip()
-    return ""
+    command = "git describe --always --abbrev=10 --exclude=* --dirty=+"
+    return subprocess.run(command, shell=True, cwd=pathlib.Path(__file__).parent,
+                          capture_output=True, text=True).stdout.strip()
 
 
 # ---- The commands -------------------------------------------------------------------------------
@@ -315,8 +302,7 @@ def main(argv=None):
             if len(extract(y[:5], network)) == 2:
                 raise ValueError("it gives two tensors, and neither one nor three")
     elif y_labels is None or len(classes := np.unique(y_labels)) < 2:
-        raise Problem(f"{args.reference}: a classifier needs labels of two classes or more; "
-                      "give --network")
+        raise Problem(f"{args.reference}: labels of fewer than two classes; give --network")
     else:
         order, held_out = np.random.default_rng(0).permutation(len(y)), max(1, len(y) // 10)
         seen, number = order[held_out:], np.searchsorted(classes, y_labels)

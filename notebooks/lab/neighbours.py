@@ -167,17 +167,12 @@ class LocalConv(nn.Module):
         return as_tokens(self.conv(as_image(x)))
 
 
-def swiglu_width(dim):
-    """8/3 d, rounded up to a multiple of 256 as in the released code."""
-    return math.ceil(dim * 8 // 3 / 256) * 256
-
-
 class SwiGLU(nn.Module):
     """DiG's feed-forward network, (SiLU(X W_1) * X W_2) W_3."""
 
     def __init__(self, dim):
         super().__init__()
-        hidden = swiglu_width(dim)
+        hidden = math.ceil(dim * 8 // 3 / 256) * 256        # rounded up as in the released code
         self.expand = nn.Linear(dim, 2 * hidden, bias=False)
         self.contract = nn.Linear(hidden, dim, bias=False)
 
@@ -195,9 +190,8 @@ class MixtureOfHeadAttention(nn.Module):
 
     a = softmax(X W_0) shares the weight out between two kinds of heads. All s shared heads are on,
     weighted by p_S = softmax(X W_S). Of the routed heads those r with the largest entries of
-    softmax(X W_R) are on; p_R is these entries, divided by their sum. A token without preferences
-    gives weights of 1. Where all heads are shared, g = s p_S. Source: MoH-DiT/models.py of
-    SkyworkAI/MoH. Left out: its loss that balances the heads' load."""
+    softmax(X W_R) are on; p_R is these entries, divided by their sum. Where all heads are shared,
+    g = s p_S. Source: models.py of SkyworkAI/MoH, without the loss that balances the load."""
 
     def __init__(self, dim, n_heads, shared, top):
         super().__init__()
