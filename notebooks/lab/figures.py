@@ -27,9 +27,9 @@ LOOKS = {       # A kind of attention, and the part that makes it, looks the sam
 LOOKS |= {      # the arms of recall.py
     "no attention": (BLACK, ":", "x"), "Sana": LOOKS["ReLU"], "fixed power": LOOKS["focused"],
     "routed": LOOKS["projected"], "DyDiLA": LOOKS["differential"], "lambda 0": (SKY, SHORT, "P"),
-    "signed": (BLACK, LONG, "*"), "random routes": (PINK, ":", "^"), "adding": (GREEN, "-.", "D")}
+    "signed": (BLACK, LONG, "*"), "random routes": (PINK, ":", "^"), "adding": (GREEN, ":", "D")}
 LOOKS |= {      # how a router may get its gradient (lessons 2 and 3, appendix B)
-    "no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "--", "s"),
+    "no gradient": (GREY, "--", "s"), "router does not learn": (GREY, "-", "s"),
     "chosen entry": (BLUE, "-", "o"), "Switch": (PINK, ":", "^"),
     "whole one-hot": (GREEN, "-.", "D"), "Gumbel": (ORANGE, MIXED, "v"),
     "REINFORCE": (BLACK, SHORT, "X"), "soft mixture": (SKY, LONG, "P")}

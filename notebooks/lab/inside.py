@@ -96,7 +96,8 @@ def show_stages(picture, rows, titles, query):
     show_picture(axes[0], picture, 8)
     for ax, m in zip(axes[1:-1], maps):
         image = ax.imshow(m, vmin=low, vmax=top, interpolation="nearest")
-    fig.colorbar(image, ax=list(axes[1:-1]), shrink=0.8, pad=0.01)
+    fig.colorbar(image, ax=list(axes[1:-1]), shrink=0.8, pad=0.01,
+                 label="weight × N")
     image = axes[-1].imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
     fig.colorbar(image, ax=axes[-1], shrink=0.8, pad=0.02)
     for ax, title in zip(axes, ["picture, query", *titles, f"{titles[-1]} − {titles[-2]}"]):
