@@ -153,10 +153,10 @@ def test_images_of_every_mode(tmp_path, mode, suffix):
     assert abs(got.reshape(-1, 3).mean(0) - want).max() <= 3
 
 
-def test_transparent_pixels_are_white_and_suffixes_are_not_trusted(tmp_path):
-    pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[:16] = (255, 0, 0, 255)
-    Image.fromarray(pixels).save(tmp_path / "x.jpg", format="png")
+def test_transparent_pixels_are_white(tmp_path):
+    pixels = np.full((32, 32, 4), (255, 0, 0, 255), np.uint8)
+    pixels[16:, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", format="png")          # endings are not trusted
     got = train.read_image(tmp_path / "x.jpg", 32)
     assert (got[:16] == [255, 0, 0]).all() and (got[16:] == 255).all()
 
@@ -258,6 +258,10 @@ def test_batches_are_scaled_and_mirrored():
     data.flip = False
     x, _ = data.batch(torch.tensor([1]), torch.tensor([True]))
     assert x[0, 2, 5, 6].item() == pytest.approx(images[1, 5, 6, 2] / 127.5 - 1)
+    latents = np.arange(10, dtype=np.float16).reshape(5, 2, 1, 1, 1)        # each with its mirror
+    data = train.Data(latents, np.arange(5), [*"abcde"], 8, vae="v")
+    x, _ = data.batch(torch.tensor([3, 1]), torch.tensor([False, True]))
+    assert x.flatten().tolist() == [6, 3] and data.model_shape()["vae_factor"] == 8
 
 
 # ---- The recipe ---------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ def test_steps_are_those_of_the_recipe(tmp_path, monkeypatch, log_loss):
     average = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), 1.0, (0.9, 0.8), weight_decay=0)
     rates = [0.004, 0.008, 0.012, 0.012, 0.012, 0.009, 0.006, 0.003]
-    decays = [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3, 0.3, 0.3]
+    decays, seen = [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3, 0.3, 0.3], []
     for step, (rate, decay) in enumerate(zip(rates, decays)):
         run.train_step()
         run.step += 1
@@ -295,6 +299,7 @@ def test_steps_are_those_of_the_recipe(tmp_path, monkeypatch, log_loss):
         torch.manual_seed(zlib.crc32(f"(5, {step}, 0)".encode()))
         losses = dydilit.GaussianDiffusion().losses(
             model.train(), x, torch.tensor(labels[index]), t, noise)["loss"]
+        seen.append(losses.mean().item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
@@ -305,6 +310,8 @@ def test_steps_are_those_of_the_recipe(tmp_path, monkeypatch, log_loss):
             a += (1 - decay) * (p.detach() - a)
             torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(ema, a, rtol=1e-3, atol=1e-5)
+    run.report(seconds=9.0)
+    assert run.log == [[8, 64, pytest.approx(np.mean(seen), rel=1e-3), *run.log[0][3:5], 9.0]]
     assert not run.ema.training                             # its labels are not dropped
 
 
@@ -322,7 +329,7 @@ def test_training_learns_and_a_quick_try_is_no_noise(cli):
         x, y = data.batch(torch.arange(50), torch.zeros(50, dtype=torch.bool))
         with torch.no_grad():
             found[name] = dydilit.GaussianDiffusion().losses(model, x, y)["loss"].mean().item()
-    assert found["ema"] < 1.15 * found["weights"]
+    assert found["ema"] < 1.15 * found["weights"] and found["ema"] != found["weights"]
 
 
 def same_losses(one, other):
@@ -450,11 +457,13 @@ def test_stopped_sampling_goes_on_where_it_was(run, monkeypatch):
     generate, made = train.generate, []
 
     def watched(model, labels, *more):
+        assert more[:4] == (3, 2.5, "ddim", 7)
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(len(labels))
         return generate(model, labels, *more)
-    flags = ["sample", "--run", "runs/shapes", "--num", 10, "--batch-size"]
+    flags = ["sample", "--run", "runs/shapes", "--num", 10, "--steps", 3, "--cfg", 2.5, "--sampler",
+             "ddim", "--seed", 7, "--batch-size"]
     run(*flags, 10, "--out", "whole.npz")
     monkeypatch.setattr(train, "generate", watched)
     with pytest.raises(SystemExit):
@@ -533,7 +542,7 @@ def test_train_and_dydilit_need_no_other_file(tmp_path):
 
 def test_folders_train_at_their_size_and_with_their_own_images_only(cli, tmp_path):
     image_tree(tmp_path / "a" / "pets")
-    image_tree(tmp_path / "b" / "pets", size=(48, 40))
+    Image.new("RGB", (48, 48)).save(image_tree(tmp_path / "b" / "pets") / "dog" / "3.png")
     cli(*TINY, "--data", "a/pets", "--image-size", "16", "--steps", "1")
     state = load("runs/pets")
     assert state["data"]["names"] == ["cat", "dog"] and state["model"]["image_size"] == 16
