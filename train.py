@@ -531,8 +531,8 @@ class Training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, (0.9, args.beta2),
                                                weight_decay=0, fused=True)
         self.diffusion = dydilit.GaussianDiffusion().to(self.device)
-        # The lines of log.csv, and each step's sums since the last one: losses, processes to stop.
-        self.step, self.log, self.window, self.stop = 0, [], [], False
+        # log: the lines of log.csv; window: the sums of each step since the last line
+        self.step, self.log, self.window, self.stop, self.stops = 0, [], [], False, torch.zeros(())
         # What makes a run what it is may not change when it resumes.
         some = hashlib.sha256(data.images[::-(-len(data.images) // 64)].tobytes()).hexdigest()
         fixed = ("seed", "batch_size", "lr", "warmup", "cooldown", "beta2", "log_loss", "ema")
@@ -576,11 +576,11 @@ class Training:
             while self.step < args.steps and not stop:
                 if self.main and self.step > 0 and self.step % args.sample_every == 0:
                     self.grid(f"samples-{self.step:07d}.png")
+                stops = self.stops          # those of the step before, for which nobody waits now
                 self.train_step()
                 self.step += 1
                 bar.update()
-                # Another process's signal is heeded a step later, when nobody waits for its news.
-                stop = sum(sums[3] for sums in self.window[-2:-1]) if self.world > 1 else self.stop
+                stop = self.stop if self.world == 1 else stops.item() > 0
                 at_log = self.step % args.log_every == 0 or self.step == args.steps
                 at_save = stop or self.step % args.save_every == 0 or self.step == args.steps
                 if (at_log or at_save) and not torch.stack(self.window).isfinite().all():
@@ -619,6 +619,7 @@ class Training:
             sums[:3] += torch.stack([losses[name].detach().sum() for name in LOSSES])
         if self.world > 1:
             dist.all_reduce(sums)
+        self.stops = sums[3]                    # the processes that got a signal
         self.window.append(sums)
         rise = (self.step + 1) / max(1, args.warmup)
         fall = (1 - self.step / args.steps) / args.cooldown if args.cooldown else 1

@@ -364,7 +364,7 @@ def test_two_processes_see_the_same_batch(tmp_path):
 def test_processes_stop_together_and_samples_are_made_by_one(tmp_path):
     """A stop must not wait for the next line of the log."""
     data = ["--data", "cifar10", "--data-dir", cifar_files(tmp_path / "data"), *TINY, "--run",
-            tmp_path / "run", "--steps", 10**6, "--log-every", 10**6, "--save-every", 10**6]
+            tmp_path / "run", "--steps", 10**6, "--log-every", 1, "--save-every", 10**6]
     process = command(*data, program=TORCHRUN)
     wait_until((tmp_path / "run" / "checkpoint.pt").exists, process)
     time.sleep(3)
