@@ -39,14 +39,12 @@ def smaller(png):
     return base64.b64encode(out.getvalue()).decode()
 
 
-def execute(path, folder=HERE, and_then=()):
-    """The notebook at path as a fresh kernel in `folder` leaves it.
-
-    and_then: sources of cells that run after its own."""
+def execute(path, and_then=()):
+    """The notebook at path as a fresh kernel leaves it. and_then: sources of cells that follow."""
     notebook = nbformat.read(path, as_version=4)
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in and_then]
     client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
-                            coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
+                            coalesce_streams=True, resources={"metadata": {"path": str(HERE)}})
     client.execute()
     for cell in notebook.cells:
         cell.metadata.clear()

@@ -81,8 +81,8 @@ def tail(t, df):
     """The chance that |T| exceeds |t|.
 
     With T = sqrt(df) tan(angle), the angle has a density like cos^(df - 1)."""
-    def area(low, points=4_001):
-        angle = np.linspace(low, math.pi / 2, points)
+    def area(low):
+        angle = np.linspace(low, math.pi / 2, 4_001)
         return np.trapezoid(np.cos(angle).clip(0) ** (df - 1), angle)
 
     return float(area(math.atan(abs(t) / math.sqrt(df))) / area(0))

@@ -200,8 +200,8 @@ def one_run(args, key, train_flags, network, real):
     values = measures.compare(measures.extract(images, network), real)
     return dict(key, dim=model.cfg.dim, depth=model.cfg.depth,
                 honest_gmacs=sum(cost.count_macs(model)["honest"].values()) / 1e9,
-                held_out_loss=np.mean(plain), **{f"band{b}": v for b, v in enumerate(plain)},
-                held_out_log=np.mean(logs), **{f"log_band{b}": v for b, v in enumerate(logs)},
+                held_out_loss=np.mean(plain), held_out_log=np.mean(logs),
+                **{f"band{b}": v for b, v in enumerate(plain)},
                 **{f"cfg{RECIPE}_{name}": value for name, value in values.items()},
                 seconds=time.time() - start)
 
@@ -224,7 +224,7 @@ def prepare(args, data):
     return network, measures.extract(source.images[pick], network)
 
 
-def keep_features(args, data, network, per_class=30):
+def keep_features(args, data, network):
     """Writes the features of some real and generated images, of the first seed, for a t-SNE."""
     test = eq8.held_out_images(data, args.data_dir, 10_000)
     source, out = {"real": (test.images, test.labels)}, {}
@@ -234,7 +234,7 @@ def keep_features(args, data, network, per_class=30):
             return
         source[variant] = measures.load_npz(path)
     for name, (images, labels) in source.items():
-        pick = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(10)])
+        pick = np.concatenate([np.flatnonzero(labels == c)[:30] for c in range(10)])
         out[name] = measures.extract(images[pick], network)["pool"].cpu().numpy().astype("float16")
         out["labels"] = labels[pick]                        # the same for all: class by class
     np.savez_compressed(data_folder(args, data) / "features.npz", names=test.names, **out)
