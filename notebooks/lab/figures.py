@@ -94,12 +94,13 @@ def level(ax, words, value, upright=False, end=0.995):
 def bands(x, runs, xlabel, ylabel, **settings):
     """The mean of several runs as a line, from the lowest to the highest as a band.
 
-    runs: {name: (runs, len(x))}; settings: of curves()."""
+    runs: {name: (runs, len(x))}; settings: of curves(). Returns the axes."""
     means = {name: array(values).mean(axis=0) for name, values in runs.items()}
     ax = curves(x, means, xlabel, ylabel, markers=False, **settings)
     for line, values in zip(ax.get_lines(), runs.values()):
         low, high = array(values).min(axis=0), array(values).max(axis=0)
         ax.fill_between(array(x), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    return ax
 
 
 def recall_panel(found, numbers, trained=16, ax=None, title="trained with 16 pairs"):
