@@ -294,10 +294,11 @@ def image_folder(root, names=None):
              and not any(part[0] == "." for part in p.relative_to(root).parts)]     # none is hidden
     runs = {p.relative_to(root).parts[0] for p in files if p.name == "checkpoint.pt"}
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [p for p in files if p.suffix.lower() in readable]
+    images = [p for p in files if p.suffix.lower() in readable
+              and p.relative_to(root).parts[0] not in runs]
     places = {p: p.relative_to(root).parts[0] for p in images if p.parent != root}
     places = places or {p: root.resolve().name for p in images}
-    found = sorted({*places.values()} - runs if names is None else {*places.values()} & {*names})
+    found = sorted({*places.values()} & {*(names or places.values())})
     if not found:
         raise Problem(f"--data {root}: no images; give shapes, cifar10 or a folder that has some")
     number = {name: c for c, name in enumerate(found)}
@@ -430,7 +431,7 @@ def autocast(device):
 # ---- Sampling -----------------------------------------------------------------------------------
 
 def mixed(*numbers):
-    """A seed that depends on all these numbers. Of one seed, torch's CPU generator heeds 32 bits."""
+    """A seed that depends on all these numbers. torch's CPU generator heeds 32 bits of a seed."""
     return zlib.crc32(str(numbers).encode())
 
 

@@ -156,7 +156,7 @@ def test_images_of_every_mode(tmp_path, mode, suffix):
 def test_transparent_pixels_are_white(tmp_path):
     pixels = np.full((32, 32, 4), (255, 0, 0, 255), np.uint8)
     pixels[16:, :, 3] = 0
-    Image.fromarray(pixels).save(tmp_path / "x.jpg", format="png")          # endings are not trusted
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", format="png")      # endings are not trusted
     got = train.read_image(tmp_path / "x.jpg", 32)
     assert (got[:16] == [255, 0, 0]).all() and (got[16:] == 255).all()
 
@@ -219,20 +219,16 @@ def test_a_folder_says_what_it_gives(tmp_path, capsys):
     assert train.image_folder(root, ["dog"])[2] == ["dog"]
 
 
-def test_a_flat_folder_is_one_class(cli, tmp_path, capsys):
-    image_tree(tmp_path, ["pets"])
-    cli(*TINY, "--data", "pets", "--steps", "1", "--batch-size", "4")
-    assert "pets: 6 images, 1 class (pets)" in capsys.readouterr().out
-    assert load("runs/pets")["model"]["n_classes"] == 1
-
-
-def test_a_run_beside_the_data_is_no_class(cli, tmp_path, capsys):
-    image_tree(tmp_path)
-    cli(*TINY, "--data", ".", "--run", "runs/here", "--steps", "1", "--batch-size", "4")
-    cli(*TINY, "--data", ".", "--run", "runs/here", "--steps", "2", "--batch-size", "4")
+@pytest.mark.parametrize("classes, says", [(["."], "6 images, 1 class (photos)"),
+                                           (["cat", "dog"], "12 images, 2 classes (cat, dog)")])
+def test_a_run_in_the_data_is_no_class_and_a_flat_folder_one(
+        cli, tmp_path, monkeypatch, capsys, classes, says):
+    monkeypatch.chdir(image_tree(tmp_path / "photos", classes))
+    for steps in (1, 2):
+        cli(*TINY, "--data", ".", "--steps", steps, "--batch-size", "4")
     said = capsys.readouterr().out
-    assert "runs/here lies in --data; it is no class" in said
-    assert "no classes, but runs: runs" in said and load("runs/here")["step"] == 2
+    assert said.count(says) == 2 and "runs/photos lies in --data; it is no class" in said
+    assert "no classes, but runs: runs" in said and load("runs/photos")["step"] == 2
 
 
 def test_all_images_that_cannot_be_read_are_named(tmp_path):
