@@ -257,7 +257,8 @@ def test_batches_are_scaled_and_mirrored():
     latents = np.arange(10, dtype=np.float16).reshape(5, 2, 1, 1, 1)        # each with its mirror
     data = train.Data(latents, np.arange(5), [*"abcde"], 8, vae="v")
     x, _ = data.batch(torch.tensor([3, 1]), torch.tensor([False, True]))
-    assert x.flatten().tolist() == [6, 3] and data.model_shape()["vae_factor"] == 8
+    assert x.flatten().tolist() == [6, 3]
+    assert data.model_shape() == dict(image_size=8, vae_factor=8, in_channels=1, n_classes=5)
 
 
 # ---- The recipe ---------------------------------------------------------------------------------
