@@ -290,13 +290,13 @@ def image_folder(root, names=None):
 
     Prints what is taken and what is left out. A folder without class folders is one class."""
     root = pathlib.Path(root)
-    files = [p for p in sorted(root.rglob("*")) if p.is_file()
-             and not any(part[0] == "." for part in p.relative_to(root).parts)]     # none is hidden
-    runs = {p.relative_to(root).parts[0] for p in files if p.name == "checkpoint.pt"}
+    files = {p: p.relative_to(root).parts for p in sorted(root.rglob("*")) if p.is_file()}
+    files = {p: parts for p, parts in files.items() if not any(part[0] == "." for part in parts)}
+    runs = {parts[0] for p, parts in files.items() if p.name == "checkpoint.pt"}
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [p for p in files if p.suffix.lower() in readable
-              and p.relative_to(root).parts[0] not in runs]
-    places = {p: p.relative_to(root).parts[0] for p in images if p.parent != root}
+    images = {p: parts for p, parts in files.items()
+              if p.suffix.lower() in readable and parts[0] not in runs}
+    places = {p: parts[0] for p, parts in images.items() if len(parts) > 1}
     places = places or {p: root.resolve().name for p in images}
     found = sorted({*places.values()} & {*(names or places.values())})
     if not found:
@@ -521,9 +521,9 @@ class Training:
         if self.world > 1 and self.main:
             dist.barrier()
         torch.manual_seed(args.seed)
-        fields = {**dydilit.MODELS[args.model], **dict(args.set), **data.model_shape()}
         with blaming("--image-size, --set", "see dydilit.ModelConfig", TypeError, ValueError):
-            cfg = dydilit.ModelConfig(**fields)
+            ours = dict(**data.model_shape(), **dict(args.set))     # to set the data's is an error
+            cfg = dydilit.ModelConfig(**{**dydilit.MODELS[args.model], **ours})
         if isinstance(data.images, list):
             data.images = read_images(data.images, data.image_size)
         self.model = dydilit.DyDiLiT(cfg, parts).to(self.device)

@@ -711,6 +711,7 @@ BAD = [
     (["--run", "evil"], "evil/checkpoint.pt: Weights only load failed"),
     (["--run", "mine"], "mine: files, but no checkpoint; choose another --run"),
     (["--run", "file"], "File exists: 'file'"),
+    (["--set", "n_classes=5"], "--image-size, --set: .*multiple values .* 'n_classes'"),
     (["--set", "dim=18"], "--image-size, --set: dim=18 is not a multiple of 4"),
     (["--data", "pets", "--image-size", "30"], "image_size=30 is not a multiple of"),
     (["--batch-size", "0"], "argument --batch-size: 0 is not in 1.."),
