@@ -15,7 +15,8 @@ import torch
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
-from lab import cost, measures  # noqa: E402
+from lab import measures  # noqa: E402
+from lab.cost import honest_macs  # noqa: E402
 
 PATH = pathlib.Path(__file__).resolve().parents[1] / "results/benchmark.csv"
 CUDA = torch.cuda.is_available()
@@ -31,11 +32,6 @@ def report(figure, measured, counted=""):
     others = [old for old in measures.read(PATH)
               if (old["figure"], old["device"]) != (figure, device)]
     measures.save_log(PATH, [*others, dict(line, torch=torch.__version__)])
-
-
-def macs(name, **overrides):
-    with torch.device("meta"):
-        return sum(cost.count_macs(dydilit.build_model(name, **overrides))["honest"].values())
 
 
 def median_ms(functions, repeats=7):
@@ -74,7 +70,7 @@ def step(batch=64 if CUDA else 4):
     ours = names.pop()
     for name in names:
         report(f"training step, {ours} / {name}", f"{ms[ours] / ms[name]:.3f}",
-               f"{macs(ours) / macs(name):.3f}")
+               f"{honest_macs(ours) / honest_macs(name):.3f}")
 
 
 def routed(d=768, n=7, tokens=2048):
@@ -103,7 +99,7 @@ def resolution(repeats={1024: 5, 2048: 3}):
         with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
             ms = median_ms({name: lambda b=b: b(x, c) for name, b in blocks.items()}, count)
         ratio = 9 * ms["DyDi-LiT-L/2"] / (12 * ms["DiT-L/2"])
-        dit, ours = (macs(name, image_size=size) for name in ms)
+        dit, ours = (honest_macs(name, image_size=size) for name in ms)
         figure = f"forward at {size} pixels, DyDi-LiT-L/2 / DiT-L/2"
         report(figure, f"{ratio:.3f}", f"{ours / dit:.3f}")
 

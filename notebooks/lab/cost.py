@@ -121,6 +121,12 @@ def count_macs(model, image_size=None):
     return counts
 
 
+def honest_macs(model, **overrides):
+    """MACs of a forward pass, all that run. overrides: what build_model takes, also parts."""
+    with torch.device("meta"):
+        return sum(count_macs(dydilit.build_model(model, **overrides))["honest"].values())
+
+
 # (model, overrides, GFLOPs that the paper prints)
 PAPER_GFLOPS = [
     ("DiT-S/2", {}, 6.06), ("Sana-S/2", {}, 5.97), ("DyDi-LiT-S/2", {}, 5.98),

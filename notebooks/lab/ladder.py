@@ -39,6 +39,7 @@ sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().paren
 import dydilit  # noqa: E402
 import train  # noqa: E402
 from lab import cost, eq8, measures  # noqa: E402
+from lab.cost import honest_macs  # noqa: E402
 from lab.neighbours import NEIGHBOURS, lit_heads  # noqa: E402
 
 RECIPE = "2"        # the guidance of the small model's recipe when the experiments were made
@@ -48,12 +49,6 @@ SHAPE = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)      # of
 
 
 # ---- What is compared -------------------------------------------------------------------------
-
-def honest_macs(model, **overrides):
-    """MACs of a forward pass, all that run. overrides: what build_model takes, also parts."""
-    with torch.device("meta"):
-        return sum(cost.count_macs(dydilit.build_model(model, **overrides))["honest"].values())
-
 
 def equal_macs(model, base, parts=dydilit.block_parts, multiple=4, **overrides):
     """overrides with the width that brings a system closest to the honest MACs of `model`.
