@@ -9,12 +9,9 @@
 
 It needs nothing else of this repository than dydilit.py."""
 import argparse
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -27,18 +24,19 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib import style
+from matplotlib import style            # the default, and not the user's own
 from matplotlib.figure import Figure    # not pyplot, which would ask for a window system
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import dydilit
 
 
 # ---- Errors and files ---------------------------------------------------------------------------
 
-class Problem(Exception):
-    """Something the user can put right, in a line that names the thing and the remedy."""
+class Problem(SystemExit):
+    """Something the user can put right. It ends the program with a line that says how."""
 
 
 @contextlib.contextmanager
@@ -46,8 +44,6 @@ def blaming(what, remedy, *kinds):
     """Makes a Problem of an error of these kinds, or of any: it lies in what the user gave."""
     try:
         yield
-    except Problem:
-        raise
     except kinds or Exception as error:
         line = str(error).strip().partition("\n")[0]
         raise Problem(f"{what}: {line} ({type(error).__name__}); {remedy}") from error
@@ -61,11 +57,10 @@ def explained(function, *arguments):
         return function(*arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (Problem, OSError) as error:
-        line = error
+    except OSError as error:
+        sys.exit(str(error))
     except (MemoryError, torch.OutOfMemoryError):       # other mistakes keep their tracebacks
-        line = "out of memory; train with a larger --accumulate, sample with less --batch-size"
-    sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {line}")
+        sys.exit("out of memory; train with a larger --accumulate, sample with less --batch-size")
 
 
 @contextlib.contextmanager
@@ -89,11 +84,13 @@ class Parser(argparse.ArgumentParser):
         raise Problem(f"{message}; {self.prog} --help lists what there is")
 
 
-def positive(text, most=2**31):
+def up_to(most):
     """A type for argparse: a whole number from 1 to the most that there may be."""
-    if not 1 <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text} is not in 1..{most}")
-    return int(text)
+    def number(text):
+        if not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in 1..{most}")
+        return int(text)
+    return number
 
 
 def override(text):
@@ -104,7 +101,7 @@ def override(text):
     return name, value
 
 
-SMALL_MODEL, thousand = "DyDi-LiT-XS/4", functools.partial(positive, most=1000)
+SMALL_MODEL, positive, thousand = "DyDi-LiT-XS/4", up_to(2**31), up_to(1000)
 KNOBS = {   # default of the small model (minutes on a CPU), of the others (the paper's), type, help
     "steps": (4000, 100_600, positive, "optimizer steps"),
     "batch_size": (16, 256, positive, "images per step, over all processes"),
@@ -148,7 +145,7 @@ def arguments(argv):
     add("--run", required=True, help="folder of a run")
     add("--out", help="the .png to write, or with --num the .npz; default: in the run's folder")
     add("--num", type=positive, help="write so many samples, evenly over the classes, as an .npz")
-    add("--classes", help="numbers, with commas; default: ten for a grid, all for --num")
+    add("--classes", type=int, nargs="+", help="default: the first ten for a grid, all for --num")
     add("--steps", type=thousand, help="denoising steps; default: as in training")
     add("--cfg", type=float, help="guidance scale; default: as in training")
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ancestral or deterministic")
@@ -196,14 +193,6 @@ class Data:
         return x, torch.from_numpy(self.labels[index])
 
 
-def disc(x, y, radius, right=0, up=0):
-    return np.hypot(x - right, y - up) - radius
-
-
-def box(x, y, width, height):
-    return np.maximum(abs(x) - width, abs(y) - height)
-
-
 def star(x, y):                                             # five mirrored wedges
     angle = abs((np.arctan2(x, y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     return 0.35 * np.hypot(x, y) * np.cos(angle) + 0.937 * np.hypot(x, y) * np.sin(angle) - 0.35
@@ -212,20 +201,21 @@ def star(x, y):                                             # five mirrored wedg
 # The distance to each shape's outline, negative inside, for x and y from about -1 to 1. A minimum
 # joins two shapes, a maximum leaves what they share, and a minus turns a shape inside out.
 SHAPES = {
-    "circle": lambda x, y: disc(x, y, 0.9),
-    "ring": lambda x, y: abs(disc(x, y, 0.72)) - 0.2,
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.72) - 0.2,
     "triangle": lambda x, y: np.maximum(-y, 0.866 * abs(x) + 0.5 * y) - 0.55,
     "star": star,
     "heart": lambda x, y: np.minimum((abs(x) + abs(y + 0.1) - 0.75) / 1.414,    # a tilted square
-                                     disc(abs(x), y, 0.53, 0.375, 0.275)),      # and two discs
-    "moon": lambda x, y: np.maximum(disc(x, y, 0.9), -disc(x, y, 0.75, 0.42, 0.12)),
-    "cross": lambda x, y: np.minimum(box(x, y, 0.28, 0.88), box(x, y, 0.88, 0.28)),
-    "smiley": lambda x, y: np.maximum(disc(x, y, 0.95), -np.minimum(            # without eyes,
-        disc(abs(x), y, 0.19, 0.35, 0.3),                                       # without mouth
-        np.maximum(abs(disc(x, y, 0.55)) - 0.12, y + 0.1))),
-    "stripes": lambda x, y: np.maximum(box(x, y, 0.87, 0.87),
+                                     np.hypot(abs(x) - 0.375, y - 0.275) - 0.53),   # and two discs
+    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.42, y - 0.12)),
+    "cross": lambda x, y: np.minimum(np.maximum(abs(x) - 0.28, abs(y) - 0.88),
+                                     np.maximum(abs(x) - 0.88, abs(y) - 0.28)),
+    "smiley": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, -np.minimum(       # without eyes,
+        np.hypot(abs(x) - 0.35, y - 0.3) - 0.19,                                # without mouth
+        np.maximum(abs(np.hypot(x, y) - 0.55) - 0.12, y + 0.1))),
+    "stripes": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 0.87,
                                        abs((y + 0.87) % 0.696 - 0.174) - 0.174),
-    "checkers": lambda x, y: np.maximum(box(x, y, 0.87, 0.87),
+    "checkers": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 0.87,
                                         np.where(x * y > 0, 1, -1) * np.minimum(abs(x), abs(y))),
 }
 
@@ -279,36 +269,33 @@ def cifar10(data_dir, files=CIFAR_FILES):
     with blaming(folder, "choose an empty --data-dir for a download", OSError, ValueError):
         records = np.concatenate([np.fromfile(folder / name, np.uint8) for name in files])
         records = records.reshape(-1, 3073)                 # a label, and three planes of 32 x 32
-    meta = folder / "batches.meta.txt"
-    names = meta.read_text().split() if meta.exists() else [*"0123456789"]
+        names = (folder / "batches.meta.txt").read_text().split()
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return Data(images, records[:, 0].astype(np.int64), names, 32)
 
 
-def image_folder(root, names=None):
-    """The images in a folder's class folders, all or some: paths, labels (M,), the classes' names.
+def image_folder(root):
+    """The images in a folder's class folders: paths, labels (M,), the classes' names.
 
     Prints what is taken and what is left out. A folder without class folders is one class."""
     root = pathlib.Path(root)
     files = {p: p.relative_to(root).parts for p in sorted(root.rglob("*")) if p.is_file()}
     files = {p: parts for p, parts in files.items() if not any(part[0] == "." for part in parts)}
-    runs = {parts[0] for p, parts in files.items() if p.name == "checkpoint.pt"}
+    runs = sorted({parts[0] for p, parts in files.items() if p.name == "checkpoint.pt"})
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images = {p: parts for p, parts in files.items()
               if p.suffix.lower() in readable and parts[0] not in runs}
     places = {p: parts[0] for p, parts in images.items() if len(parts) > 1}
     places = places or {p: root.resolve().name for p in images}
-    found = sorted({*places.values()} & {*(names or places.values())})
-    if not found:
+    if not places:
         raise Problem(f"--data {root}: no images; give shapes, cifar10 or a folder that has some")
-    number = {name: c for c, name in enumerate(found)}
-    taken = {p: number[place] for p, place in places.items() if place in number}
-    kinds = ", ".join(sorted({p.suffix or p.name for p in files if p not in taken}))
-    print(f"{root}: {len(taken)} images, {len(found)} class{'es' * (len(found) > 1)} "
-          f"({', '.join(found):.60})"
-          + f"; {len(files) - len(taken)} files skipped: {kinds:.60}" * bool(kinds)
-          + f"; no classes, but runs: {', '.join(sorted(runs)):.60}" * bool(runs))
-    return [*taken], np.array([*taken.values()]), found
+    names, labels = np.unique([*places.values()], return_inverse=True)
+    kinds = sorted({p.suffix or p.name for p in files if p not in places})
+    print(f"{root}: {len(places)} images, {len(names)} class{'es' * (len(names) > 1)} "
+          f"({', '.join(names):.60})"
+          + f"; {len(files) - len(places)} files skipped: {', '.join(kinds):.60}" * bool(kinds)
+          + f"; no classes, but runs: {', '.join(runs):.60}" * bool(runs))
+    return [*places], labels, names.tolist()
 
 
 def read_image(path, size):
@@ -338,8 +325,7 @@ def read_images(paths, size, disable=None):
             images[i] = read_image(paths[i], size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append(f"\n  {paths[i]}: {error}")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(read, range(len(paths))), "reading images", len(paths), disable=disable))
+    thread_map(read, range(len(paths)), desc="reading images", disable=disable)
     if bad:
         raise Problem(f"{len(bad)} images are unreadable; mend or remove them" + "".join(bad))
     return images
@@ -390,27 +376,13 @@ def save_grid(file, images, labels, names):
     side, font = tiles.shape[1], ImageFont.load_default(20)
     tiles = tiles.reshape(len(rows), -1, side, side, 3).swapaxes(1, 2)
     tiles = Image.fromarray(tiles.reshape(len(rows) * side, -1, 3))
-    words = [names[c].encode("utf-8", "replace").decode() for c in rows]    # not all are UTF-8
-    words = [word if len(word) < 20 else word[:18] + "..." for word in words]
+    words = [f"{names[c]:.20}".encode("utf-8", "replace").decode() for c in rows]   # or no UTF-8
     margin = 16 + int(max(font.getlength(word) for word in words))
     grid = Image.new("RGB", (margin + tiles.width, tiles.height), "white")
     grid.paste(tiles, (margin, 0))
     for r, word in enumerate(words):
-        place = margin - 8, side * (r + 0.5)
-        ImageDraw.Draw(grid).text(place, word, "black", font, anchor="rm")
+        ImageDraw.Draw(grid).text((margin - 8, side * (r + 0.5)), word, "black", font, "rm")
     grid.save(file, "png")
-
-
-def save_curve(file, log):
-    """The loss and its two terms against the step."""
-    with style.context("default"):              # and not the user's own settings
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for column, name in enumerate(LOSSES, 2):
-            axes.plot([row[0] for row in log], [row[column] for row in log], label=name)
-        axes.set(xlabel="step", ylabel="training loss", yscale="log")
-        axes.legend()
-        figure.savefig(file, dpi=150, format="png")
 
 
 def pick_device(name=None):
@@ -469,33 +441,28 @@ def sample(args, parts):
     with blaming("--run", "give it the folder of a run", ValueError):
         model, state = dydilit.load_model(path, parts)
     names, vae = state["data"]["names"], args.vae or state["data"]["vae"]
-    wanted = args.classes.split(",") if args.classes else map(str, range(len(names)))
-    known = {str(c): c for c in range(len(names))}
-    classes = [known.get(word) for word in wanted][:None if args.num or args.classes else 10]
-    if None in classes:
+    classes = args.classes or [*range(len(names))][:None if args.num else 10]
+    if not {*classes} <= {*range(len(names))}:
         there = ", ".join(f"{c} {name}" for c, name in enumerate(names))
-        raise Problem(f"--classes {args.classes}: choose from {there}")
+        raise Problem(f"--classes: there are {there}")
     count, steps = args.num or 10 * len(classes), args.steps or state["knobs"]["sampling_steps"]
     labels = [classes[i * len(classes) // count] for i in range(count)]
     cfg = state["knobs"]["cfg"] if args.cfg is None else args.cfg
     vae, model = vae and load_vae(vae, device), model.to(device).fuse()
     how = steps, cfg, args.sampler, args.seed, vae, args.batch_size
+    out = pathlib.Path(args.out or run / ("samples.npz" if args.num else "grid.png"))
     if not args.num:
-        out = pathlib.Path(args.out or run / "grid.png")
         with replacing(out) as file:
             save_grid(file, generate(model, labels, *how), labels, names)
     else:       # They are kept as they come: the same command goes on where it was stopped.
-        out = pathlib.Path(args.out or run / "samples.npz")
-        about = str([path.stat().st_mtime_ns, labels, *how[:4]])
-        kept = out.with_name(f".{out.name}.{hashlib.sha256(about.encode()).hexdigest()[:12]}")
-        each = model.cfg.image_size ** 2 * 3                    # bytes
+        size, about = model.cfg.image_size, mixed(path.stat().st_mtime_ns, labels, *how[:4])
+        kept = out.with_name(f".{out.name}.{about}")
         with blaming(kept, "check the path and the free space", OSError), open(kept, "ab") as file:
-            starts = range(file.tell() // each, count, args.batch_size)
+            starts = range(file.tell() // (size * size * 3), count, args.batch_size)
             for i in tqdm(starts, "batches", disable=None):
-                file.truncate(i * each)
+                file.truncate(i * size * size * 3)
                 file.write(generate(model, labels[i:i + args.batch_size], *how, i).tobytes())
-                file.flush()
-        images = np.memmap(kept, np.uint8, "r").reshape(count, *2 * [model.cfg.image_size], 3)
+        images = np.memmap(kept, np.uint8, "r").reshape(count, size, size, 3)
         with replacing(out) as file:                            # the layout of ADM's evaluator
             np.savez(file, arr_0=images, arr_1=np.array(labels))
         kept.unlink()
@@ -535,14 +502,14 @@ class Training:
         # log: the lines of log.csv; window: the sums of each step since the last line
         self.step, self.log, self.window, self.stop, self.stops = 0, [], [], False, torch.zeros(())
         # What makes a run what it is may not change when it resumes.
-        some = hashlib.sha256(data.images[::-(-len(data.images) // 64)].tobytes()).hexdigest()
         fixed = ("seed", "batch_size", "lr", "warmup", "cooldown", "beta2", "log_loss", "ema")
         self.identity = dict(
             dataclasses.asdict(cfg), **{name: getattr(args, name) for name in fixed},
-            names=data.names, images=len(data.labels), images_sha256=some)
-
-    def resume(self):
-        """Goes on from the folder's checkpoint."""
+            names=data.names, images=len(data.labels),
+            images_crc32=zlib.crc32(data.images[::-(-len(data.images) // 64)].tobytes()))
+        if not self.checkpoint.exists():
+            self.save()                                     # from here on the folder is this run's
+            return
         with blaming(self.checkpoint, "choose another --run, or move it away"):
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             for name, value in self.identity.items():
@@ -552,7 +519,6 @@ class Training:
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.log = state["step"], state["log"]
-            self.window = [sums.to(self.device) for sums in state["window"]]
         if self.main:
             print(f"{self.folder}: resuming at step {self.step} of {self.args.steps}")
 
@@ -566,8 +532,6 @@ class Training:
 
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:       # a closed terminal, too
             signal.signal(getattr(signal, name), on_signal)
-        if not self.checkpoint.exists():
-            self.save()                                     # from here on the folder is this run's
         parallel = torch.nn.parallel.DistributedDataParallel
         self.forward = parallel(self.model) if self.world > 1 else self.model
         self.forward = torch.compile(self.forward) if args.compile else self.forward
@@ -582,15 +546,11 @@ class Training:
                 self.step += 1
                 bar.update()
                 stop = self.stop if self.world == 1 else stops.item() > 0
-                at_log = self.step % args.log_every == 0 or self.step == args.steps
-                at_save = stop or self.step % args.save_every == 0 or self.step == args.steps
-                if (at_log or at_save) and not torch.stack(self.window).isfinite().all():
-                    raise Problem(f"step {self.step}: the loss is no longer finite; start another "
-                                  f"--run with a lower --lr, or resume from {self.checkpoint}")
-                if at_log:
+                save = stop or self.step % args.save_every == 0 or self.step == args.steps
+                if save or self.step % args.log_every == 0:
                     self.report(time.time() - started)
                     bar.set_postfix(loss=self.log[-1][2])
-                if at_save:
+                if save:
                     self.save()
 
     def train_step(self):
@@ -621,7 +581,7 @@ class Training:
         if self.world > 1:
             dist.all_reduce(sums)
         self.stops = sums[3]                    # the processes that got a signal
-        self.window.append(sums)
+        self.window.append(sums[:3] / size)
         rise = (self.step + 1) / max(1, args.warmup)
         fall = (1 - self.step / args.steps) / args.cooldown if args.cooldown else 1
         self.optimizer.param_groups[0]["lr"] = args.lr * min(1, rise, fall)
@@ -633,30 +593,32 @@ class Training:
             torch._foreach_lerp_([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
 
     def report(self, seconds):
-        """Writes the mean losses since the last report into log.csv."""
-        means = torch.stack(self.window)[:, :3].mean(0) / self.args.batch_size
-        self.log.append([self.step, self.step * self.args.batch_size, *means.tolist(), seconds])
-        self.window = []
+        """Adds the mean losses since the last report to log.csv."""
+        means, self.window = torch.stack(self.window).mean(0).tolist(), []
+        if not np.isfinite(means).all():
+            raise Problem(f"step {self.step}: the loss is no longer finite; start another --run "
+                          f"with a lower --lr, or resume from {self.checkpoint}")
+        self.log.append([self.step, self.step * self.args.batch_size, *means, seconds])
         if self.main:
             with replacing(self.folder / "log.csv") as file:
                 columns = ",".join(["step", "images", *LOSSES, "seconds"])
                 np.savetxt(file, self.log, "%.9g", ",", header=columns, comments="")
 
-    def write(self, path, dtype, **more):
-        """Writes what sampling needs, with the averaged weights in this precision, and more."""
-        ema = {name: value.to(dtype) for name, value in self.ema.state_dict().items()}
-        state = dict(step=self.step, ema=ema, model=dataclasses.asdict(self.model.cfg), **more,
+    def save(self, whole=True):
+        """Writes the checkpoint, or model.pt: what sampling needs of it, in half precision."""
+        if not self.main:
+            return
+        path, ema = self.checkpoint, self.ema
+        if not whole:
+            path, ema = self.folder / "model.pt", copy.deepcopy(self.ema).half()
+        state = dict(step=self.step, ema=ema.state_dict(), model=dataclasses.asdict(ema.cfg),
                      data=dict(names=self.data.names, vae=self.data.vae), knobs=vars(self.args))
+        if whole:
+            state |= dict(identity=self.identity, log=self.log, weights=self.model.state_dict(),
+                          optimizer=self.optimizer.state_dict())
         # On a full disk torch.save raises a RuntimeError.
         with replacing(path) as file, blaming(path, "check the free space", RuntimeError):
             torch.save(state, file)
-
-    def save(self):
-        """Replaces the checkpoint."""
-        if self.main:
-            self.write(self.checkpoint, torch.float32, identity=self.identity, log=self.log,
-                       window=self.window, weights=self.model.state_dict(),
-                       optimizer=self.optimizer.state_dict())
 
     def grid(self, name):
         """Draws samples of the average, ten of each of up to ten classes."""
@@ -672,35 +634,32 @@ class Training:
             print(f"{name} is left out: {error}")
 
 
-def check_folder(folder, lock, data):
-    """Keeps a run's folder to this process until the file `lock` is closed, be it by kill -9."""
-    with contextlib.suppress(ImportError):              # Windows has no such locks
-        import fcntl
-        with blaming(folder, "another process is at work in it", BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if not (folder / "checkpoint.pt").exists() and any(folder.glob("[!.]*")):
-        raise Problem(f"{folder}: files, but no checkpoint; choose another --run")
-    if folder.resolve().is_relative_to(data.resolve()):
-        print(f"{folder} lies in --data; it is no class")
-
-
 def train(args, parts):
     """Trains until --steps, from the run's last checkpoint if there is one."""
     folder = pathlib.Path(args.run or "runs/" + pathlib.Path(args.data).resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         if os.environ.get("RANK", "0") == "0":
-            check_folder(folder, lock, pathlib.Path(args.data))
+            with contextlib.suppress(ImportError):          # Windows has no such locks
+                import fcntl
+                with blaming(folder, "another process is at work in it", BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (folder / "checkpoint.pt").exists() and any(folder.glob("[!.]*")):
+                raise Problem(f"{folder}: files, but no checkpoint; choose another --run")
+            if folder.resolve().is_relative_to(pathlib.Path(args.data).resolve()):
+                print(f"{folder} lies in --data; it is no class")
         run = Training(args, parts, folder)
-        if run.checkpoint.exists():
-            run.resume()
         run.run()
         finished = run.step >= args.steps
-        if finished and run.main:
-            run.write(folder / "model.pt", torch.half)
+        if run.main and finished:
+            run.save(whole=False)
             run.grid("samples.png")
-            with replacing(folder / "loss.png") as file:
-                save_curve(file, run.log)
+            with style.context("default"), replacing(folder / "loss.png") as file:
+                axes = Figure(figsize=(6, 3.6), layout="constrained").subplots()
+                axes.plot([row[0] for row in run.log], [row[2:5] for row in run.log], label=LOSSES)
+                axes.set(xlabel="step", ylabel="training loss", yscale="log")
+                axes.legend()
+                axes.figure.savefig(file, dpi=150, format="png")
             print(f"{folder}: trained for {run.step} steps; look at samples.png and loss.png")
         elif run.main:
             print(f"{run.checkpoint}: saved at step {run.step}; repeat the command")

