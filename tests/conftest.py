@@ -45,8 +45,7 @@ def surroundings(request, monkeypatch):
 def known():
     """ladder.py's variants of the small model for CIFAR-10. To find their widths takes seconds."""
     from lab import ladder
-    cifar10 = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)
-    return ladder.variants("DyDi-LiT-XS/4", cifar10)
+    return ladder.variants("DyDi-LiT-XS/4")
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""The ladder of runs: who is compared at which cost, and that runs stop, go on and repeat."""
-import subprocess
+"""The ladder of runs: who is compared at which cost, what is measured, and that runs go on."""
+import pathlib
 import sys
-import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +20,7 @@ def test_variants_are_those_of_the_tables_and_of_lesson_12(known):
     lesson = (HERE / "12_the_neighbours.ipynb").read_text()
     labels = dict(zip(NEIGHBOURS, ("PixArt-Sigma", "EDiT", "DiG", "MoH-DiT", "LiT")))
     for name in "sana", "dit", *NEIGHBOURS:
-        fields, parts = known[name], ladder.trainer(name)[1]
+        fields, parts = known[name], ladder.settings(name, known)[1]
         macs = ladder.honest_macs(train.SMALL_MODEL, parts=parts, **ladder.SHAPE, **fields)
         more = 100 * (macs / ladder.honest_macs(train.SMALL_MODEL) - 1)
         assert abs(more) < 3                        # as near as a step of the width allows
@@ -30,23 +30,26 @@ def test_variants_are_those_of_the_tables_and_of_lesson_12(known):
             assert " | ".join(map(str, row)).replace(" -", " −") in lesson
 
 
-@pytest.mark.parametrize("variant, script, flags", [
-    ("rung6:lr=1e-3,n_heads=4", ["train.py"], ["--lr", "1e-3", "--set", "n_heads=4"]),
-    ("rung5:normalizer=mass", ["notebooks/lab/eq8.py", "mass"], ["--set", "dwc=false"]),
-    ("lambda0:normalizer=none,steps=9", ["notebooks/lab/eq8.py", "lambda0-none"],
-     ["--steps", "9", "--set", "dwc=false"]),
-    ("lit:dim=48", ["notebooks/lab/neighbours.py", "lit"], ["--set", "depth=5", "dim=48"])])
-def test_a_variant_becomes_a_command(known, variant, script, flags):
-    assert ladder.trainer(variant)[0] == script and ladder.flags(variant, known) == flags
+@pytest.mark.parametrize("variant, flags, form, learns", [
+    ("rung6:lr=1e-3,n_heads=4", ["--lr", "1e-3", "--set", "n_heads=4"], "length", True),
+    ("rung5:normalizer=mass", ["--set", "dwc=false"], "mass", True),
+    ("lambda0:normalizer=none,steps=9", ["--steps", "9", "--set", "dwc=false"], "none", False)])
+def test_a_variant_becomes_flags_and_parts(known, variant, flags, form, learns):
+    found, parts = ladder.settings(variant, known)
+    differential = parts(dydilit.ModelConfig(), 0)[0].differential
+    assert found == flags and differential.lambdas.requires_grad == learns
+    assert getattr(differential, "denominator", "length") == form
+    assert ladder.settings("lit:dim=48", known) == (["--set", "depth=5", "dim=48"],
+                                                    NEIGHBOURS["lit"])
 
 
 def test_unknown_variants_are_refused_and_those_of_the_lessons_are_not(known):
     for variant in [*experiment.VARIANTS, *NEIGHBOURS]:
-        ladder.flags(variant, known)
+        ladder.settings(variant, known)
     with pytest.raises(train.Problem, match="--variants rung7: choose from rung1"):
-        ladder.flags("rung7", known)
-    with pytest.raises(train.Problem, match="=typo: choose the normalizer from none, length"):
-        ladder.flags("rung6:normalizer=typo", known)
+        ladder.settings("rung7", known)
+    with pytest.raises(train.Problem, match="=typo: the normalizers are none, length"):
+        ladder.settings("rung6:normalizer=typo", known)
 
 
 def test_held_out_losses_are_those_of_training():
@@ -62,29 +65,43 @@ def test_held_out_losses_are_those_of_training():
     assert logs[3] == pytest.approx(want["loss"].log().mean().item(), rel=1e-4)
 
 
-@pytest.mark.slow
-def test_the_ladder_stops_goes_on_and_repeats_itself(tmp_path):
-    torch.jit.script(torch.nn.ZeroPad2d(-14)).save(str(tmp_path / "network.pt"))     # a crop
-    table, tiny = tmp_path / "out/runs.csv", "dim=16,depth=2,batch_size=4"
-    command = [sys.executable, HERE / "lab/ladder.py", "--steps", "2", "--samples", "20",
-               "--sampling-steps", "2", "--workers", "2", "--out", "out", "--network", "network.pt",
-               "--variants", f"lambda0:{tiny}", f"edit:{tiny}", "--seeds"]
-    process = subprocess.Popen([*command, "9"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.rglob("checkpoint.pt")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    assert process.communicate()[1].endswith("stopped; the same command goes on from here\n")
+class Constant:
+    """A model for which every clean picture is the mean of its class."""
+    pos_embed = torch.zeros(1)
 
-    def climb(done, todo):
-        says = subprocess.check_output([*command, "1"], cwd=tmp_path, text=True)
-        assert f"{done} runs are in" in says and f"{todo} are to do" in says
+    def __init__(self, data):
+        images = data.images / 127.5 - 1
+        means = [images[data.labels == c].mean(0).transpose(2, 0, 1) for c in range(10)]
+        self.means, self.process = torch.tensor(np.array(means)), dydilit.GaussianDiffusion()
+
+    def __call__(self, x, t, y):
+        a, s = (self.process._at(name, t) for name in ("sqrt_alpha_bar", "sqrt_one_minus"))
+        return torch.cat([(x - a * self.means[y]) / s, torch.zeros_like(x)], dim=1).float()
+
+
+@pytest.mark.slow
+def test_each_run_is_made_once_and_measured(cli, monkeypatch, shapes=train.shapes):
+    monkeypatch.setattr(train, "shapes", lambda n=200, seed=0: shapes(min(n, 200), seed))
+    monkeypatch.setattr(measures, "train_classifier", lambda *data: measures.Classifier(data[2]))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    tiny, table = "dim=16,depth=2,batch_size=4", pathlib.Path("out/runs.csv")
+
+    def climb(*argv):
+        monkeypatch.setattr(sys, "argv", [
+            "ladder.py", "--steps", "2", "--samples", "20", "--out", "out", "--seeds", "1",
+            "--variants", f"lambda0:{tiny}", f"edit:{tiny}", f"rung6:lr=inf,{tiny}", *argv])
+        with pytest.raises(SystemExit, match="rung6:lr=inf.*: step 2: the loss is no longer finit"):
+            ladder.main()
         return measures.read(table)
-    rows = climb(0, 2)
+    rows = climb()                                          # a run that fails keeps no other back
+    assert [row["variant"] for row in rows] == [f"lambda0:{tiny}", f"edit:{tiny}"]
     for row in rows:
         assert 0.5 < float(row["held_out_loss"]) < 2 and float(row["cfg2_KID"])
-    assert climb(2, 0) == rows and len(rows) == 2
-    measures.save_log(table, [rows[1] | dict(extra=1)])     # a line made anew is the same,
-    old, anew = climb(1, 1)                                 # and others may have more columns
+    assert climb() == rows
+    measures.save_log(table, [rows[1] | dict(extra=1)])     # a table keeps its columns,
+    old, anew = climb()                                     # and a line made anew is the same
     assert old == rows[1] | dict(extra="1")
     assert anew == rows[0] | dict(seconds=anew["seconds"], extra="")
+    floors = [float(row["squared_error"]) for row in measures.read(table.with_name("floors.csv"))]
+    errors, _ = ladder.held_out_losses(Constant(shapes(200)), shapes(200, seed=1))
+    assert floors == pytest.approx(errors, rel=1e-3)

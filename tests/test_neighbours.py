@@ -178,7 +178,8 @@ def test_every_parameter_gets_a_finite_gradient_also_in_bfloat16(name, autocast)
 def test_gflops_of_the_papers_neighbours(system, size, overrides, printed):
     with torch.device("meta"):
         model = dydilit.build_model(f"DyDi-LiT-{size}/2", NEIGHBOURS[system], **overrides)
-    assert sum(cost.count_macs(model)["paper"].values()) / 1e9 == pytest.approx(printed, rel=0.0015)
+    macs = sum(cost.count_macs(model)["paper"].values()) / 1e9
+    assert printed is None or macs == pytest.approx(printed, rel=0.0015)
 
 
 @pytest.mark.parametrize("system, heads", [*zip(NEIGHBOURS, (6, 1, 6, 6, 1))])

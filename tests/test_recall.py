@@ -158,8 +158,7 @@ def test_every_texture_occurs_twice_and_couples_agree_everywhere():
     assert len(twin.unique(dim=0)) == 20 and ((twin >= 8) == (torch.arange(16) < 8)).all()
     tiles = twins.to_tiles(x)
     assert torch.equal(tiles[:, 5], x[:, :, 4:8, 4:8]) and torch.equal(twins.to_picture(tiles), x)
-    assert torch.equal(twins.swapped(x, twin), x) and twins.agreement(x) == 1
-    assert twins.agreement(torch.randn(200, 3, 16, 16)) == pytest.approx(0.625, abs=0.01)
+    assert torch.equal(twins.swapped(x, twin), x)
     strips = torch.stack(charts.paired_tiles(x[0]))
     assert torch.equal(strips[..., :4], strips[..., 5:9]) and (strips[..., 10:] == 1).all()
 

@@ -1,7 +1,7 @@
 """How fast the models are beside each other, and what training keeps in memory.
 
     python notebooks/lab/benchmark.py                  everything, about ten minutes on one CPU core
-    python notebooks/lab/benchmark.py step memory      of: step, routed, resolution, memory
+    python notebooks/lab/benchmark.py step memory      of: step, resolution, memory
 
 The figures go to notebooks/results/benchmark.csv, a line for each figure and device. `counted` is
 the ratio of the MACs. On a GPU the models run in BF16 autocast, on a CPU in float32.
@@ -73,22 +73,6 @@ def step(batch=64 if CUDA else 4):
                f"{honest_macs(ours) / honest_macs(name):.3f}")
 
 
-def routed(d=768, n=7, tokens=2048):
-    """One routed d x d projection of DyDi-LiT-L, forward and backward, against a plain one."""
-    x, bank, plain = (torch.randn(size, requires_grad=True)
-                      for size in [(tokens, d), (n, d, d), (d, d)])
-    index, upstream = torch.randint(n, (tokens,)), torch.randn(tokens, d)
-
-    def both_ways(function, weight):
-        with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
-            y = function(weight)
-        return torch.autograd.grad(y, (x, weight), upstream.to(y.dtype))
-    ms = median_ms({
-        "routed": lambda: both_ways(lambda w: dydilit.routed_linear(x, w, index), bank),
-        "plain": lambda: both_ways(lambda w: x @ w, plain)}, repeats=31)
-    report("projection, routed / plain", f"{ms['routed'] / ms['plain']:.3f}", "1.000")
-
-
 @torch.no_grad()
 def resolution(repeats={1024: 5, 2048: 3}):
     """Forward passes of the large models on large images. One block of each, times its number."""
@@ -137,7 +121,7 @@ def memory():
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (step, routed, resolution, memory)}
+    parts = {part.__name__: part for part in (step, resolution, memory)}
     if unknown := set(sys.argv[1:]) - set(parts):
         sys.exit(f"benchmark.py: {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
     for name in sys.argv[1:] or parts:

@@ -1,45 +1,13 @@
-"""Charts of lessons 9 to 12 and A.
-
-    python notebooks/lab/charts.py floors DIR   writes results/verdict/floors.csv, CIFAR-10 in DIR
-"""
-import pathlib
-import sys
-
+"""Charts of lessons 8 to 12 and A."""
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.ticker import PercentFormatter
 
-sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import dydilit  # noqa: E402
-import train  # noqa: E402
-from lab import eq8, experiment, figures, ladder, measures, twins  # noqa: E402
-from lab.figures import (BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VIOLET, WIDTH,  # noqa: E402
-                         Sketch, array, clear, curves, example, look)
-
-KINDS = {"DiT": "softmax", "softmax": "softmax", "Sana": "ReLU", "ReLU": "ReLU",
-         "DyDi": "convolution"}
-
-
-def race(x, ys, xlabel, ylabel, **settings):
-    """curves() of {name: values}, each with its family's look. Returns the axes.
-
-    A name begins with DiT, softmax, Sana, ReLU or DyDi, whose line is thick. One with "paper" or
-    "stored" in it is a variant."""
-    ax = plt.subplots(figsize=(8.6, 4.6))[1]
-    for name, values in ys.items():
-        kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
-        style = dict(look(kind, marker=True, label=name), linewidth=2.2)
-        if "paper" in name:
-            style |= dict(linestyle=":", color=ORANGE)
-        elif "stored" in name:
-            style |= dict(linestyle=":", fillstyle="none")
-        elif kind == "convolution":
-            style |= dict(linewidth=4)
-        ax.plot(array(x), array(values), **style)
-    return curves(x, {}, xlabel, ylabel, ax=ax, **settings)
-
+from lab import experiment, twins
+from lab.figures import (BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PINK, SKY, VIOLET, WIDTH, array,
+                         clear, example)
 
 def bars(parts, xlabel, labels=(None,), colours=None, form="{:.0%}", base=0, loc="lower right"):
     """Horizontal bars of {name: number, or one per label}, each with its number. Returns the axes.
@@ -95,7 +63,8 @@ def number_table(rows, columns, values, badness, forms):
     ax = plt.subplots(figsize=(0.9 * len(columns) + 2.9, 0.5 * len(rows) + 0.6))[1]
     ax.imshow(badness, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
     for (i, j), dark in np.ndenumerate(badness):
-        ax.text(j, i, forms[j].format(values[i][j]), ha="center", va="center", fontsize=14,
+        words = "–" if np.isnan(values[i][j]) else forms[j].format(values[i][j])
+        ax.text(j, i, words, ha="center", va="center", fontsize=14,
                 color="white" if dark > 0.7 else BLACK)
     clear(ax, ticks=True)
     ax.set_xticks(range(len(columns)), columns, fontsize=14)
@@ -143,21 +112,6 @@ def balls(ax, centres, radii, points, inside, names, title):
     ax.set(aspect="equal", xticks=range(-2, 7, 2), yticks=range(-2, 5, 2), title=title)
     ax.legend(fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3,
               handletextpad=0.2, columnspacing=0.8)
-
-
-def pipeline():
-    """From noise to generated pictures, from both sets of pictures to features, and to a number."""
-    places = {"noise": (0.9, 2.4), "model,\nmany steps": (2.9, 2.4),
-              "generated\npictures": (5, 2.4), "real\npictures": (5, 0.7), "network": (7.1, 1.55),
-              "features": (8.9, 1.55), "one\nnumber": (10.6, 1.55)}
-    names = list(places)
-    s = Sketch(11.5, 3.1, names[2:], dict.fromkeys(names, BLACK))
-    for name, (x, y) in places.items():
-        s.box(name, x, y, name, 1.4, 1.0)
-    for start, end in zip(names[:3] + names[3:6], names[1:3] + ["network"] + names[4:]):
-        (x, y), (to_x, to_y) = places[start], places[end]
-        s.arrow(start, (x + 0.7, y), (to_x - 0.7, to_y + 0.2 * np.sign(y - to_y)))
-    plt.show()
 
 
 # ---- Does it hold? (lessons 11 and A) -----------------------------------------------------------
@@ -214,61 +168,15 @@ def show_twins(pictures):
     plt.show()
 
 
-def write_floors(data_dir):
-    """The squared error, by band, of always predicting the mean picture of the class.
-
-    The noise cancels: what is left of its prediction's error is the picture's, times a ratio. The
-    pictures and timesteps are those on which ladder.py measures the models."""
-    training, diffusion, lines = train.cifar10(data_dir), dydilit.GaussianDiffusion(), []
-    pixels, labels = train.pixels(training.images), torch.as_tensor(training.labels)
-    means = torch.stack([pixels[labels == c].mean(0) for c in range(10)])
-    held_out = eq8.held_out_images("cifar10", data_dir)
-    ratio = diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus
-    for band in range(ladder.BANDS):
-        x, _, y, t = ladder.noisy_band(held_out, band)
-        error = (ratio[t].view(-1, 1, 1, 1) * (x - means[y])).square().mean().item()
-        lines.append(dict(timesteps_from=band * 1000 // ladder.BANDS, squared_error=error))
-    measures.save_log(experiment.RESULTS / "verdict/floors.csv", lines)
-
-
 # ---- The neighbours (lesson 12) -----------------------------------------------------------------
 
 # The eight systems with their looks, and what ladder.py calls them.
-LOOKS = {"DiT": (BLUE, "-", "o"), "PixArt-Sigma": (SKY, "--", "s"), "MoH-DiT": (BLACK, ":", "^"),
-         "Sana": (GREY, "--", "D"), "EDiT": (GREEN, "-.", "v"), "LiT": (PINK, (0, (3, 1)), "X"),
-         "DiG": (VIOLET, (0, (8, 3)), "P"), "DyDi-LiT": (ORANGE, "-", "*")}
-VARIANTS = dict(zip(LOOKS, ["dit", "pixart", "moh", "sana", "edit", "lit", "dig",
-                            experiment.RUNG6["mass"]]))
-figures.LOOKS.update(LOOKS)
-IDEAS = {"compress the keys": (BLUE, 4.6), "linearize": (GREEN, 3.5),
-         "gate and scan": (ORANGE, 2.4), "route the tokens": (VIOLET, 1.4),
-         "route the heads": (PINK, 0.5)}
-ANSWERS = {
-    "PixArt-Sigma": (["compress the keys"], "softmax over N/16 keys, in the later blocks"),
-    "EDiT": (["compress the keys", "linearize"], "N/4 keys, queries see their surroundings"),
-    "Sana": (["linearize"], "ReLU, one head"),
-    "LiT": (["linearize"], "ReLU, few heads, a 5×5 convolution"),
-    "DiG": (["linearize", "gate and scan"], "a memory that forgets, four directions"),
-    "DyDi-LiT": (["linearize", "route the tokens"], "kernel, difference, a 3×3 convolution"),
-    "MoH-DiT": (["route the heads"], "softmax, each token picks heads")}
-
-
-def answers_map():
-    """Five ideas, and the seven systems made of them; grey are those of earlier lessons."""
-    colours = {"DiT": BLACK, **{idea: colour for idea, (colour, _) in IDEAS.items()},
-               **dict.fromkeys(ANSWERS, BLACK)}
-    s = Sketch(12.4, 5.3, set(colours) - {"Sana", "DyDi-LiT"}, colours)
-    s.box("DiT", 0.95, 2.6, "DiT:\nevery token\nsees every\nother, $N^2$", 1.6, 1.6)
-    for idea, (_, y) in IDEAS.items():
-        s.arrow(idea, (1.75, 2.6 + 0.25 * (y - 2.6)), (2.4, y))
-        s.box(idea, 3.6, y, idea, 2.4)
-    for i, (name, (ideas, text)) in enumerate(ANSWERS.items()):
-        y = 4.95 - 0.74 * i
-        for j, idea in enumerate(ideas):            # where two arrows end, one ends above the other
-            s.arrow(idea, (4.8, IDEAS[idea][1]), (6.2, y + 0.12 * (len(ideas) - 1) * (1 - 2 * j)))
-        s.box(name, 7.1, y, name, 1.8, 0.55)
-        s.note(name, 8.15, y, text, ha="left")
-    plt.show()
+SYSTEMS = {"DiT": (BLUE, "-", "o"), "PixArt-Sigma": (SKY, "--", "s"), "MoH-DiT": (BLACK, ":", "^"),
+           "Sana": (GREY, "--", "D"), "EDiT": (GREEN, "-.", "v"), "LiT": (PINK, (0, (3, 1)), "X"),
+           "DiG": (VIOLET, (0, (8, 3)), "P"), "DyDi-LiT": (ORANGE, "-", "*")}
+VARIANTS = dict(zip(SYSTEMS, ["dit", "pixart", "moh", "sana", "edit", "lit", "dig",
+                              experiment.RUNG6["mass"]]))
+LOOKS.update(SYSTEMS)
 
 
 def course_module(kind, *arguments):
@@ -293,15 +201,3 @@ def course_module(kind, *arguments):
                 layer.weight.copy_(torch.cat(weights)[:len(layer.weight)])
         nn.init.eye_(module.proj.weight)
     return module.requires_grad_(False)
-
-
-def small_strip(maps, *names):
-    """figures.strip() of the maps with these names, with fewer pixels: this lesson has many."""
-    with plt.rc_context({"figure.dpi": 90}):
-        figures.strip({name: maps[name] for name in names})
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["floors"] or len(sys.argv) != 3:
-        sys.exit(__doc__)
-    write_floors(sys.argv[2])

@@ -156,22 +156,8 @@ NEIGHBOUR_GFLOPS = [
     ("dig", "S", dict(depth=15, n_heads=6), 5.92), ("dig", "B", dict(depth=14, n_heads=8), 10.43),
     ("dig", "L", dict(depth=15, n_heads=12), 23.58),
     ("dig", "L", dict(depth=15, n_heads=12, image_size=512), 94.15),
+    ("moh", "S", dict(depth=12, n_heads=6), None), ("lit", "S", dict(depth=12), None),  # as DiT
 ]
-
-# The eight systems of Tables 1 to 3 at size S: {name: (model, overrides)}. The last two have no
-# printed GFLOPs and get DiT's depth.
-SYSTEMS = {"DiT": ("DiT-S/2", {}), "Sana": ("Sana-S/2", {}), "DyDi-LiT": ("DyDi-LiT-S/2", {})}
-for label, system, fields in [
-        ("PixArt-Sigma", "pixart", dict(depth=12, n_heads=6)), ("EDiT", "edit", {}),
-        ("DiG", "dig", dict(depth=15, n_heads=6)), ("MoH-DiT", "moh", dict(depth=12, n_heads=6)),
-        ("LiT", "lit", dict(depth=12))]:
-    SYSTEMS[label] = ("DyDi-LiT-S/2", dict(parts=neighbours.NEIGHBOURS[system], **fields))
-
-
-def build(system, **overrides):
-    """One of SYSTEMS as a model."""
-    name, fields = SYSTEMS[system]
-    return dydilit.build_model(name, **{**fields, **overrides})
 
 
 def main():
@@ -182,7 +168,6 @@ def main():
     for system, size, overrides, printed in NEIGHBOUR_GFLOPS:
         overrides = dict(parts=neighbours.NEIGHBOURS[system], **overrides)
         rows.append((f"{system}-{size}/2", f"DyDi-LiT-{size}/2", overrides, printed))
-    rows += [(f"{system}-S/2", *SYSTEMS[system], None) for system in ("MoH-DiT", "LiT")]
     for label, name, overrides, printed in rows:
         with torch.device("meta"):
             model = dydilit.build_model(name, **overrides)

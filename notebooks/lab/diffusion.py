@@ -1,11 +1,11 @@
-"""Lessons 6 and 7: pictures of the chain and of points in the plane, and the sampler for points."""
+"""Lesson 7: pictures of points in the plane, and the sampler for points."""
 import math
 
 import matplotlib.pyplot as plt
 import torch
 
 import dydilit
-from lab.figures import BLACK, BLUE, GREEN, ORANGE, PINK, array, clear
+from lab.figures import BLACK, BLUE, GREEN, ORANGE, PINK, array
 
 REACH = 2.7                                 # the plane is drawn from -REACH to REACH
 
@@ -99,53 +99,4 @@ def show_paths(paths, times, i, log_density):
             for at, marker in [(0, "o"), (-1, "s")]:
                 ax.plot(*path[at, j], marker, markersize=8, color=colour, markeredgecolor=BLACK,
                         markeredgewidth=1.5)
-    plt.show()
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
-
-def show_chain(clean, t=150, T=1000):
-    """The chain from a picture to noise, q on the way there, p on the way back. (1, 3, S, S)."""
-    alpha_bar = (1 - torch.linspace(1e-4, 2e-2, T)).cumprod(0)
-    with torch.random.fork_rng():                           # the lesson's own noise stays as it is
-        torch.manual_seed(0)
-        noise = torch.randn_like(clean)
-    stations = {"x_0": 0, "x_1": 1, "": None, "x_{t-1}": t - 1, "x_t": t, " ": None, "x_T": T}
-    ax = plt.subplots(figsize=(11, 3.55))[1]
-    x, centre = 0.0, {}
-    for name, step in stations.items():
-        width = 0.6 if step is None else 1.3
-        centre[name] = x + width / 2
-        if step is None:
-            ax.text(centre[name], 0, "…", ha="center", va="center", fontsize=22)
-        else:
-            a = alpha_bar[step - 1] if step else torch.tensor(1.0)
-            picture = (a.sqrt() * clean + (1 - a).sqrt() * noise)[0].permute(1, 2, 0)
-            ax.imshow(array((picture + 1) / 2).clip(0, 1), extent=(x, x + width, -0.65, 0.65),
-                      interpolation="nearest")
-            ax.text(centre[name], -0.68, f"${name}$", ha="center", va="top", fontsize=18)
-        x += width + 0.42
-    for one, other in zip(list(centre)[:-1], list(centre)[1:]):
-        for start, end, y, colour in [(one, other, 0.72, BLUE), (other, one, -1.12, ORANGE)]:
-            ax.annotate("", (centre[end], y), (centre[start], y), annotation_clip=False,
-                        arrowprops=dict(arrowstyle="-|>", linewidth=2, color=colour, shrinkA=2,
-                                        connectionstyle="arc3,rad=-0.35", shrinkB=2,
-                                        mutation_scale=18))
-    middle = (centre["x_{t-1}"] + centre["x_t"]) / 2
-    ax.text(middle, 1.12, "$q(x_t\\,|\\,x_{t-1})$ adds noise", ha="center", va="bottom",
-            fontsize=16, color=BLUE)
-    ax.text(middle, -1.5, "$p(x_{t-1}\\,|\\,x_t)$ is learned", ha="center", va="top", fontsize=16,
-            color=ORANGE)
-    ax.set(xlim=(-0.1, x - 0.3), ylim=(-1.9, 1.5), aspect="equal")
-    clear(ax)
-    plt.show()
-
-
-def show_pictures(pictures):
-    """Pictures of any size side by side. pictures: {title: (3, S, S) in [-1, 1]}."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(3.0 * len(pictures), 3.4))
-    for ax, (title, picture) in zip(axes, pictures.items()):
-        ax.imshow(array((picture.permute(1, 2, 0) + 1) / 2).clip(0, 1), interpolation="nearest")
-        clear(ax)
-        ax.set_title(title)
     plt.show()

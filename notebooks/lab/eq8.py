@@ -1,18 +1,10 @@
 """Which scale should Eq. 8 have? Its other forms, training with them, and what decided it.
 
-    python notebooks/lab/eq8.py none train ...              train.py, but with Eq. 8 as printed
-    python notebooks/lab/eq8.py lambda0-mass train ...      divided by the mass, lambda held at 0
-    python notebooks/lab/eq8.py mass sample --run RUN ...   with the word of the run's training
-
-The words are those of Divided, each also with lambda0- in front. The weights have the names and
-the first values of the library's model, whose form is `length`.
-
-    python notebooks/lab/eq8.py train --data-dir DIR        36 runs of 1,000 steps
-    python notebooks/lab/eq8.py full --data-dir DIR --forms length none     of 4,000 steps
+    python notebooks/lab/eq8.py train --data-dir DIR        36 runs of 1,000 steps, 8 of 4,000
     python notebooks/lab/eq8.py table                       all measures, and what the rule asks for
 
-DIR has Fashion-MNIST in CIFAR-10's layout. Lines go to notebooks/results/gate/runs.csv. Stopped at
-any moment, the same command goes on.
+DIR has Fashion-MNIST in CIFAR-10's layout. Lines go to notebooks/results/gate/runs.csv, and one
+that is there already is not made again. Stopped at any moment, the same command goes on.
 
 The plan was fixed before the first run. The forms, from the nearest to the print to the farthest,
 are none, which is the print, length, scaled, rms and mass. The small model trains with each on the
@@ -52,7 +44,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
-from lab.measures import add_lines, commit, read, save_log  # noqa: E402
+from lab.measures import add_lines, commit, read  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results" / "gate"
 SETS, SEEDS, RATE = ("shapes", "cifar10"), (0, 1), 4e-3
@@ -103,11 +95,10 @@ class Divided(dydilit.TokenDifferential):
 
 
 FORMS = Divided.DENOMINATORS
-WORDS = [*FORMS, *("lambda0-" + form for form in FORMS)]
 
 
 def parts_with(word):
-    """dydilit.block_parts with the form of Eq. 8 that a word of WORDS names."""
+    """dydilit.block_parts with one of FORMS, or, after lambda0-, with lambda held at 0 as well."""
     def parts(cfg, i):
         attention, mlp = dydilit.block_parts(cfg, i)
         Divided.of(getattr(attention, "differential", None), word.removeprefix("lambda0-"))
@@ -155,9 +146,8 @@ WITHOUT = dict(     # a hook of every block's token differential, before it or a
 def use(model, data):
     """How large the attention's output is, and what the model loses without it. A dictionary.
 
-    size_B, of block B from 1 on: the mean length of the output beside that of V. zero_q_B and
-    zero_k_B: the share of kernelized queries and keys that are zero. log_WAY, for each way in
-    WITHOUT: the mean logarithm of an image's loss. square_WAY: the squared error of the noise.
+    size_B, of block B from 1 on: the mean length of the output beside that of V. log_WAY, for each
+    way in WITHOUT: the mean logarithm of an image's loss. square_WAY: the noise's squared error.
     `permuted` and `mean` take away what only attention can do. `zero` also takes a bias."""
     device, n, found, seen = model.pos_embed.device, len(data.labels), {}, []
     diffusion = dydilit.GaussianDiffusion().to(device)
@@ -165,9 +155,7 @@ def use(model, data):
     x, noise, y = noisy(data, n, seed=0)
 
     def look(module, inputs, out):
-        q, _, k, _, v = inputs[:5]
-        seen.append([(out.norm(dim=-1).mean() / v.norm(dim=-1).mean()).item(),
-                     *((z == 0).all(dim=-1).float().mean().item() for z in (q, k))])
+        seen.append((out.norm(dim=-1).mean() / inputs[4].norm(dim=-1).mean()).item())   # 4: V
 
     for way, (when, hook) in WITHOUT.items():
         hooks = [getattr(block.attn.differential, f"register_forward_{when}hook")(hook or look)
@@ -178,10 +166,8 @@ def use(model, data):
             handle.remove()
         found[f"log_{way}"] = torch.cat([part["loss"] for part in losses]).log().mean().item()
         found[f"square_{way}"] = torch.cat([part["simple"] for part in losses]).mean().item()
-    sizes = np.array(seen).reshape(-1, len(model.blocks), 3).mean(0)
-    for b, block in enumerate(sizes, 1):
-        found.update(zip([f"size_{b}", f"zero_q_{b}", f"zero_k_{b}"], block))
-    return found
+    sizes = np.reshape(seen, (-1, len(model.blocks))).mean(0)
+    return found | {f"size_{b}": size for b, size in enumerate(sizes, 1)}
 
 
 def cost(row, way="permuted"):
@@ -198,21 +184,22 @@ def alive(row):
 # ---- The runs ---------------------------------------------------------------------------------
 
 def planned():
-    """The fields of KEY for all runs of 1,000 steps, in the order in which they are needed."""
-    runs = [(form, RATE, seed) for seed in SEEDS for form in FORMS]
-    runs += [("none", lr, seed) for lr in (1e-3, 3e-4) for seed in SEEDS]
-    runs += [(form, 1e-3, 0) for form in FORMS[1:]]
-    return [(data, *run, 1000) for run in runs for data in SETS]
+    """The fields of KEY for all runs, in the order in which they are needed."""
+    runs = [(form, RATE, seed, 1000) for seed in SEEDS for form in FORMS]
+    runs += [("none", lr, seed, 1000) for lr in (1e-3, 3e-4) for seed in SEEDS]
+    runs += [(form, 1e-3, 0, 1000) for form in FORMS[1:]]
+    runs += [(form, RATE, seed, 4000) for form in ("length", "none") for seed in SEEDS]
+    return [(data, *run) for run in runs for data in SETS]
 
 
 def train_one(args, data, form, lr, seed, steps):
-    """A run of train.py with a form of Eq. 8. Its watched.csv gets a line for each of WATCHED."""
-    key = dict(zip(KEY, (data, form, f"{lr:g}", seed, steps)))
-    folder = pathlib.Path(args.runs) / "-".join(map(str, key.values()))
-    table, held_out = folder / "watched.csv", held_out_images(data, args.data_dir, 250)
+    """A run of train.py with a form of Eq. 8. runs.csv gets a line for each of WATCHED."""
+    key = dict(zip(KEY, map(str, (data, form, lr, seed, steps))))
+    folder = pathlib.Path(args.runs) / "-".join(key.values())
+    held_out = held_out_images(data, args.data_dir, 250)
 
     def is_watched(step):
-        return any(row["step"] == str(step) for row in read(table))
+        return any(row | key | dict(step=str(step)) == row for row in read(RESULTS / "runs.csv"))
 
     class Watched(train.Training):
         def train_step(self):
@@ -225,7 +212,7 @@ def train_one(args, data, form, lr, seed, steps):
         def watch(self):
             if self.step in WATCHED and not is_watched(self.step):
                 line = dict(key, commit=commit(), step=self.step)
-                add_lines(table, [line | use(self.model.eval(), held_out)])
+                add_lines(RESULTS / "runs.csv", [line | use(self.model.eval(), held_out)])
 
     if is_watched(steps):
         return
@@ -237,45 +224,21 @@ def train_one(args, data, form, lr, seed, steps):
         train.Training = original
 
 
-def train_all(args, jobs):
-    """All jobs that are not done. Then the lines of all go to runs.csv."""
-    for job in jobs:
-        try:
-            train_one(args, *job)
-        except train.Problem as problem:                    # the loss is not finite
-            print(f"{job}: {problem}")
-    tables = sorted(pathlib.Path(args.runs).glob("*/watched.csv"))
-    save_log(RESULTS / "runs.csv", [line for path in tables for line in read(path)])
-
-
 # ---- The rule ---------------------------------------------------------------------------------
-
-def finished():
-    """{fields of KEY: the last line of a finished run}, all as text."""
-    rows = [row for row in read(RESULTS / "runs.csv") if row["step"] == row["steps"]]
-    return {tuple(row[k] for k in KEY): row for row in rows}
-
-
-def interval(differences):
-    """Mean and 95 % interval of two paired differences: Student's t, one degree of freedom."""
-    a, b = differences
-    half = math.tan(0.475 * math.pi) * abs(a - b) / 2
-    return (a + b) / 2, (a + b) / 2 - half, (a + b) / 2 + half
-
 
 def print_table():
     """Prints a line per run, which forms are alive, and how those differ."""
-    at, nan = finished(), float("nan")
+    at = {tuple(row[k] for k in KEY): row for row in read(RESULTS / "runs.csv")
+          if row["step"] == row["steps"]}                   # the last line of each finished run
     kids = {tuple(row[k] for k in KEY): float(row["kid"]) for row in read(RESULTS / "kid.csv")}
     errors = {key: math.log(float(row["square_whole"])) for key, row in at.items()}
-    print("data form lr seed steps | output beside V by block | zero q, k | squared error | "
+    print("data form lr seed steps | output beside V by block | squared error | "
           "permuted mean zero | KID | alive")
     for key, row in at.items():
         sizes = (f"{float(row[f'size_{b}']):.3f}" for b in range(1, 5))
-        zeros = (f"{max(float(row[f'zero_{z}_{b}']) for b in range(1, 5)):.2f}" for z in "qk")
         costs = (f"{cost(row, way):+.1%}" for way in ("permuted", "mean", "zero"))
-        print(*key, "|", *sizes, "|", *zeros, "|", f"{math.exp(errors[key]):.4f}", "|", *costs, "|",
-              f"{kids.get(key, nan):.3f}", "|", alive(row))
+        print(*key, "|", *sizes, "|", f"{math.exp(errors[key]):.4f}", "|", *costs, "|",
+              f"{kids.get(key, math.nan):.3f}", "|", alive(row))
     keys = {(form, data): [(data, form, f"{RATE:g}", str(seed), "1000") for seed in SEEDS]
             for form in FORMS for data in SETS}
     living = [form for form in FORMS
@@ -284,27 +247,27 @@ def print_table():
     for a, b in itertools.combinations(living, 2):
         for name, values in ("log of the squared error", errors), ("KID", kids):
             for data in SETS:
-                (p, q), (r, s) = ([values.get(key, nan) for key in keys[x, data]] for x in (a, b))
-                mean, low, high = interval([r - p, s - q])
-                print(f"{b} - {a}, {name}, {data}: {mean:+.4f} ({low:+.4f} to {high:+.4f})")
+                one, two = ([values.get(key, math.nan) for key in keys[x, data]] for x in (a, b))
+                d = np.subtract(two, one)
+                half = 12.706 * abs(d[0] - d[1]) / 2        # Student's t, one degree of freedom
+                print(f"{b} - {a}, {name}, {data}: {d.mean():+.4f} +- {half:.4f}")
 
 
 def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "full", "table"])
+    parser.add_argument("command", choices=["train", "table"])
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--runs", default="runs/gate", help="of checkpoints; default: %(default)s")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="for full")
     args = parser.parse_args()
     if args.command == "table":
         return print_table()
     torch.set_num_threads(1)
-    train_all(args, planned() if args.command == "train" else [
-        (data, form, RATE, seed, 4000) for form in args.forms for seed in SEEDS for data in SETS])
+    for job in planned():
+        try:
+            train_one(args, *job)
+        except train.Problem as problem:                    # the loss is not finite
+            print(f"{job}: {problem}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in WORDS:
-        train.explained(train.main, sys.argv[2:], parts_with(sys.argv[1]))
-    else:
-        train.explained(main)
+    train.explained(main)

@@ -7,7 +7,6 @@ All of them without a name. A notebook that fails is left as it was. Prints each
 import base64
 import hashlib
 import io
-import os
 import pathlib
 import sys
 import time
@@ -19,7 +18,6 @@ from PIL import Image
 HERE = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(HERE.glob("[0-9AB][0-9_]*.ipynb"))       # the lessons, and the appendices
 LIBRARY = (HERE.parent / "dydilit.py").read_bytes()
-os.environ["LAB_STATIC"] = "1"              # kernels inherit it: sliders show their stills only
 
 
 def stamp(cell):

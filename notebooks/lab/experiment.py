@@ -24,7 +24,7 @@ import torch
 
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 from lab import measures, recall, twins  # noqa: E402
-from lab.measures import read  # noqa: E402
+from lab.measures import make, read  # noqa: E402
 from lab.neighbours import NEIGHBOURS  # noqa: E402
 from lab.recall import ARMS, PAIRS as TASKS  # noqa: E402
 
@@ -64,15 +64,7 @@ def run_twins(arm, seed):
     if seed == 0:
         np.save(RESULTS / f"recall/twins-{arm.replace(' ', '-')}.npy", pictures[:6].numpy())
     return dict(arm=arm, seed=seed, commit=measures.commit(), score=twins.score(denoiser, seed),
-                agreement=twins.agreement(pictures), seconds=seconds)
-
-
-def make(run, jobs, table, part):
-    """Adds the line of each job to a table, whose first columns tell the jobs apart."""
-    done = {tuple(row.values())[:len(jobs[0])] for row in read(table)}
-    for job in jobs[part[0]::part[1]]:
-        if tuple(map(str, job)) not in done:
-            measures.add_lines(table, [run(*job)])
+                seconds=seconds)
 
 
 # ---- Statistics -------------------------------------------------------------------------------
@@ -255,27 +247,6 @@ def twins_contrasts(rows):
                        scores(arm), scores(base)) for arm, base in TWINS])
 
 
-def print_accuracies(rows):
-    """Prints each arm's mean accuracy on each task, and the least and the most of its seeds."""
-    print(f"{'mean accuracy (least, most)':28}" + "".join(f"{task:>22}" for task in TASKS))
-    for arm in arms_of(rows):
-        cells = []
-        for task in TASKS:
-            found = [*by_seed(rows, task, arm, accuracy_of(task)).values()]
-            cells.append(f"{np.mean(found):.3f} ({min(found):.3f}, {max(found):.3f})")
-        print(f"{arm:28}" + "".join(f"{cell:>22}" for cell in cells))
-
-
-def print_judgement(rows):
-    """Prints what the rule says of each part, and which arms are not trainable on which task."""
-    for part, word in judge_recall(rows).items():
-        print(f"{part}: {word}")
-    for task in TASKS:
-        arms = [arm for arm in arms_of(rows) if arm != "no attention"]
-        if dead := [arm for arm in arms if not trainable(rows, task, arm)]:
-            print(f"not trainable on {task}: {', '.join(dead)}")
-
-
 # ---- The eighty runs and the neighbours (lessons A and 12) ------------------------------------
 
 LAMBDA0 = {n: f"lambda0:normalizer={n}" for n in ("none", "mass")}      # rung 5, lambda held at 0
@@ -298,12 +269,10 @@ PLANNED = {
     "5  printed DyDi-LiT against Sana": (RUNG6["none"], "sana"),
     "6  printed DyDi-LiT against DiT": (RUNG6["none"], "dit"),
 }
-ALIVE = {"live DyDi-LiT (mass) against Sana": (RUNG6["mass"], "sana")}
-BESIDE = {f"DyDi-LiT (mass) against {name}": (RUNG6["mass"], name) for name in NEIGHBOURS}
 
 
 def percent(log_ratio):
-    return 100 * math.expm1(log_ratio)
+    return f"{100 * math.expm1(log_ratio):+.1f} %"
 
 
 def chosen(rows, variants, seeds=SEEDS):
@@ -319,24 +288,6 @@ def compare(rows, pairs, seeds=SEEDS):
                        values(variant, measure), values(base, measure))
                       for asks, (variant, base) in pairs.items()
                       for name, measure in MEASURES.items()])
-
-
-def print_table(table):
-    """Prints the contrasts of `compare` in percent."""
-    print_contrasts(table, lambda value: f"{percent(value):+.1f} %")
-
-
-def print_floors(rows, floors, names=NAMES, seeds=SEEDS):
-    """Prints each system's squared error as a multiple of the floor's, by band of timesteps.
-
-    floors: the error of always predicting the mean picture of the class, a line per band."""
-    print(f"{'timesteps from':20}" + "".join(f"{row['timesteps_from']:>7}" for row in floors))
-    for variant, name in names.items():
-        mine, line = chosen(rows, [variant], seeds), f"{name:20}"
-        for b, floor in enumerate(floors):
-            error = np.mean([float(row[f"band{b}"]) for row in mine])
-            line += f"{error / float(floor['squared_error']):7.2f}"
-        print(line)
 
 
 # ---- The command ------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What the notebooks' pictures share: looks, the strip of maps, the diagrams, grids, animations."""
 import io
 import math
-import os
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -241,8 +240,7 @@ def show_signed(rows):
         found = shares(row, ex)
         under(ax, [f"{found.face:.0%}", f"{found.sky:.1%}",
                    f"{found.negative / (1 - found.negative):.2f}"])
-    bar = fig.colorbar(image, ax=axes, shrink=0.8, aspect=14, pad=0.01, extend="both")
-    bar.set_label("weight × N", fontsize=13)
+    fig.colorbar(image, ax=axes, shrink=0.8, aspect=14, pad=0.01, extend="both", label="weight × N")
     plt.show()
 
 
@@ -279,7 +277,7 @@ def show_maps(maps, titles, query=None, picture=None, columns=4, label=None, sig
     for ax in axes.flat[n:]:
         ax.set_visible(False)
     if picture is not None:
-        show_picture(panels[0], picture)
+        show_picture(panels[0], picture, len(maps[0]))
         panels[0].set_title("picture and query", fontsize=14)
     values = [array(m) for m in maps]
     for ax, m, title in zip(panels[n - len(maps):], values, titles):
@@ -316,20 +314,6 @@ def show_set(tokens, query=0):
     ax.annotate("", (-0.6, query), (-0.6, pairs + query), annotation_clip=False, arrowprops=dict(
         arrowstyle="-|>", color=ORANGE, linewidth=2.5, connectionstyle="arc3,rad=-0.22"))
     fig.colorbar(image, ax=ax, shrink=0.9)
-    plt.show()
-
-
-def show_percentages(table, rows, columns, xlabel, title, cmap, limits):
-    """A table of shares, (R, C) in 0..1, coloured by cmap between the limits; nan is a dash."""
-    _, ax = plt.subplots(figsize=(0.95 * len(columns) + 3.6, 0.52 * len(rows) + 1.0))
-    ax.imshow(array(table), cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
-    for (i, j), share in np.ndenumerate(array(table)):
-        ax.text(j, i, "–" if np.isnan(share) else f"{share:.0%}", ha="center", va="center")
-    clear(ax, ticks=True)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_xlabel(xlabel)
-    ax.set_title(title, fontsize=15)
     plt.show()
 
 
@@ -378,7 +362,7 @@ def draw_arrows(ax, arrows, title, low=0.0):
     ax.set(xlim=limits, ylim=limits, aspect="equal", title=title, xticks=ticks, yticks=ticks)
 
 
-# ---- Stills, animations and sliders --------------------------------------------------------------
+# ---- Stills and animations -----------------------------------------------------------------------
 
 def pictures_of(draw, values, dpi):
     """What draw(value) draws for each value, (frames, height, width, 3) uint8. Nothing is shown."""
@@ -419,17 +403,6 @@ def animation(draw, values):
     show_png(first, save_all=True, append_images=others, loop=0, duration=[150] * (n - 1) + [1500])
 
 
-def slider(function, stills_at, **ranges):
-    """stills() of function(name=value), and a second copy of it with a slider.
-
-    ranges: one name=(low, high, step). Committed outputs have the stills alone."""
-    (name, _), = ranges.items()
-    stills(lambda value: function(**{name: value}), stills_at)
-    if not os.environ.get("LAB_STATIC"):    # set by execute.py
-        import ipywidgets
-        ipywidgets.interact(function, **ranges)
-
-
 # ---- Diagrams ------------------------------------------------------------------------------------
 
 PARTS = {"X": BLACK, "shared projection": BLACK, "routed projection": VIOLET, "kernel": PINK,
@@ -443,9 +416,6 @@ class Sketch:
     """Boxes and arrows on a figure 11 inches wide; what isn't lit is grey and below what is."""
 
     def __init__(self, width, height, lit, colours):
-        if unknown := sorted(set(lit) - set(colours)):
-            there = ", ".join(colours)
-            raise ValueError(f"no such part: {', '.join(unknown)}; there are {there}")
         self.lit = set(lit or colours)
         self.colours = {part: colours[part] if part in self.lit else DIM for part in colours}
         self.ax = plt.subplots(figsize=(11, 11 * height / width))[1]

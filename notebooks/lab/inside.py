@@ -3,9 +3,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 
-from lab.figures import BLACK, BLUE, ORANGE, array, box, clear, level, show_picture
+from lab.figures import BLACK, BLUE, ORANGE, array, clear, level, show_picture
 
 CHOICES = [BLUE, ORANGE, "#F0E442"]         # dark, middle and light, to differ in grey, too
 LEAST = 0.05                                # per cent, where the axis of a growth begins
@@ -68,45 +67,6 @@ def show_route_maps(pictures, routes):
     plt.show()
 
 
-def show_chance(measured, shuffled):
-    """A dot for each measured number, and a bar from the least to the largest shuffled one.
-
-    measured: {name: number}; shuffled: {name: numbers}."""
-    fig, ax = plt.subplots(figsize=(8, 4.8))
-    low, high = (np.array([end(numbers) for numbers in shuffled.values()]) for end in (min, max))
-    count, names = len(next(iter(shuffled.values()))), list(measured)
-    ax.barh(names, high - low, left=low, height=0.55, color=BLUE, label=f"{count} shuffles")
-    ax.plot(list(measured.values()), names, "o", color=ORANGE, markersize=12,
-            markeredgecolor="white", label="the classes")
-    ax.set(xlim=(0, None), xlabel="tokens that would have to change their projector")
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.invert_yaxis()
-    fig.legend(loc="outside upper center", ncols=2, frameon=False)
-    plt.show()
-
-
-def show_stages(picture, rows, titles, query):
-    """The picture, a query's row of each map on one scale, and the last row minus the one before.
-
-    picture: (3, S, S); rows: list of (64,), in multiples of the even weight; query: the token."""
-    maps = [array(row).reshape(8, 8) for row in rows]
-    change = maps[-1] - maps[-2]
-    low, top, most = min(0, np.min(maps)), np.max(maps), abs(change).max()
-    fig, axes = plt.subplots(1, len(rows) + 2, figsize=(2.75 * (len(rows) + 2), 3.4))
-    show_picture(axes[0], picture, 8)
-    for ax, m in zip(axes[1:-1], maps):
-        image = ax.imshow(m, vmin=low, vmax=top, interpolation="nearest")
-    fig.colorbar(image, ax=list(axes[1:-1]), shrink=0.8, pad=0.01,
-                 label="weight × N")
-    image = axes[-1].imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
-    fig.colorbar(image, ax=axes[-1], shrink=0.8, pad=0.02)
-    for ax, title in zip(axes, ["picture, query", *titles, f"{titles[-1]} − {titles[-2]}"]):
-        clear(ax)
-        ax.set_title(title, fontsize=15)
-        box(ax, divmod(query, 8))
-    plt.show()
-
-
 def show_banks(banks, starts):
     """Every member of every block's bank as a dot, and where all of them started.
 
@@ -118,21 +78,6 @@ def show_banks(banks, starts):
             ax.plot(place, np.sort(array(members)), "o", color=BLUE, markersize=6)
         level(ax, "start", starts[name], end=1.01)
         ax.set(xlabel="block", ylabel=name, xticks=range(1, len(blocks) + 1))
-    plt.show()
-
-
-def show_spread(groups, ylabel, xlabels):
-    """Median and middle 80 % of many numbers in each of some places.
-
-    groups: {name: list of tensors, one for each place}, two of them."""
-    _, ax = plt.subplots()
-    for i, (name, places) in enumerate(groups.items()):
-        low, middle, high = np.quantile([array(p).ravel() for p in places], [0.1, 0.5, 0.9], axis=1)
-        x = np.arange(len(places)) + 0.16 * (i - 0.5)
-        ax.errorbar(x, middle, [middle - low, high - middle], fmt="os"[i], label=name, capsize=5,
-                    color=(BLUE, ORANGE)[i])
-    ax.set(xticks=range(len(xlabels)), xticklabels=xlabels, ylabel=ylabel, ylim=(0, None))
-    ax.legend()
     plt.show()
 
 

@@ -1,6 +1,6 @@
-"""Trains, samples and measures the variants that the paper's tables compare, with several seeds.
+"""Trains, samples and measures the systems that the paper's tables compare, with several seeds.
 
-    python notebooks/lab/ladder.py --data shapes                    the built-in set
+    python notebooks/lab/ladder.py                                  all systems, on the built-in set
     python notebooks/lab/ladder.py --data cifar10 --data-dir DIR    CIFAR-10, or files in its layout
     python notebooks/lab/ladder.py --model DyDi-LiT-S/2 --steps 50000               for a GPU
     python notebooks/lab/ladder.py --variants rung6 rung6:n_heads=4,lr=1e-3         other questions
@@ -12,29 +12,23 @@ if they are named: lambda0, which is rung5 with lambda held at 0, and pixart, ed
 lit, the other systems of Tables 1 to 3, again at rung6's MACs. After a colon come fields of
 ModelConfig, knobs of train.py, or normalizer=NAME, a form of Eq. 8 in eq8.py.
 
-Images, timesteps and noise are the same for all variants of a seed. OUT/runs.csv gets a line per
-run, whose `commit` is that of the code at the start. Stopped at any moment, the same command goes
-on. Once rung6, sana and dit are there, OUT gets the features.npz that lesson 10 shows, too.
+Images, timesteps and noise are the same for all variants of a seed. Each run adds a line to
+OUT/runs.csv, and one that is there already is not made again. Stopped at any moment, the same
+command goes on. With --part 0 2 and --part 1 2, two processes share the work. OUT also gets lesson
+12's floors.csv and, where rung6, sana and dit are among the variants, lesson 10's features.npz.
 """
 import argparse
 import bisect
-import concurrent.futures
-import fcntl
 import json
 import math
 import os
 import pathlib
-import signal
-import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
 import dydilit  # noqa: E402
 import train  # noqa: E402
@@ -44,36 +38,35 @@ from lab.neighbours import NEIGHBOURS, lit_heads  # noqa: E402
 
 RECIPE = "2"        # the guidance of the small model's recipe when the experiments were made
 BANDS = 10          # of timesteps
-KEY = ("data", "model", "variant", "seed", "steps", "samples", "sampling_steps", "network")
+KEY = ("data", "model", "variant", "seed", "steps", "samples")      # what tells runs apart
 SHAPE = dict(image_size=32, vae_factor=1, in_channels=3, n_classes=10)      # of both data sets
 
 
 # ---- What is compared -------------------------------------------------------------------------
 
-def equal_macs(model, base, parts=dydilit.block_parts, multiple=4, **overrides):
+def equal_macs(model, parts=dydilit.block_parts, multiple=4, **overrides):
     """overrides with the width that brings a system closest to the honest MACs of `model`.
 
-    base: the data's fields of ModelConfig. parts: its blocks' parts. multiple: of what its width
-    must be one, besides 4 and n_heads."""
+    parts: its blocks' parts. multiple: of what its width must be one, besides 4 and n_heads."""
     def macs(dim):
-        return honest_macs(model, parts=parts, **base, **overrides, dim=dim)
-    target, step = honest_macs(model, **base), math.lcm(4, multiple, overrides.get("n_heads", 1))
+        return honest_macs(model, parts=parts, **SHAPE, **overrides, dim=dim)
+    target, step = honest_macs(model, **SHAPE), math.lcm(4, multiple, overrides.get("n_heads", 1))
     widths = range(step, 2 * dydilit.MODELS[model]["dim"], step)
     i = bisect.bisect(widths, target, lo=1, hi=len(widths) - 1, key=macs)
     return dict(overrides, dim=min(widths[i - 1:i + 1], key=lambda dim: abs(macs(dim) - target)))
 
 
-def variants(model, base):
-    """{variant: overrides of `model`}; base: the data's fields of ModelConfig."""
+def variants(model):
+    """{variant: overrides of `model`}."""
     out = {f"rung{i}": dict(overrides) for i, (_, overrides) in enumerate(dydilit.LADDER, 1)}
     out["lambda0"] = dict(out["rung5"])                             # and eq8.py holds lambda
     out["map"] = dict(out["rung5"], differential="map")
     out["increasing"] = dict(out["rung5"], lambda_init=[0.2, 0.8])
     with torch.device("meta"):
-        cfg = dydilit.build_model(model, **base).cfg
-    out["sana"] = equal_macs(model, base, **out["rung1"])
+        cfg = dydilit.build_model(model, **SHAPE).cfg
+    out["sana"] = equal_macs(model, **out["rung1"])
     depth, heads = round(cfg.depth * 12 / 9), cfg.dim // 64         # the paper's ratio of depths
-    out["dit"] = equal_macs(model, base, attention="softmax", depth=depth, n_heads=max(4, heads))
+    out["dit"] = equal_macs(model, attention="softmax", depth=depth, n_heads=max(4, heads))
     for name, multiple, overrides in [      # depths of 9 and 15 to 9: see cost.NEIGHBOUR_GFLOPS
             ("pixart", 4, dict(depth=depth, n_heads=max(4, heads))),
             ("edit", 8, dict(depth=cfg.depth)),                     # half the width in four groups
@@ -81,41 +74,27 @@ def variants(model, base):
              dict(depth=round(cfg.depth * 15 / 9), n_heads=max(2, heads))),
             ("moh", 4, dict(depth=depth, n_heads=max(6, heads))),   # six, as its S model has
             ("lit", lit_heads(cfg.dim), dict(depth=depth))]:
-        out[name] = equal_macs(model, base, NEIGHBOURS[name], multiple, **overrides)
+        out[name] = equal_macs(model, NEIGHBOURS[name], multiple, **overrides)
     return out
 
 
-def split(variant):
-    """A variant's name, and what it changes as {field: value}, both texts."""
+def settings(variant, known):
+    """train.py's flags for a variant, and what makes its blocks' parts. known: of `variants`."""
     name, _, changes = variant.partition(":")
-    pairs = [pair.partition("=") for pair in changes.split(",") if pair]
-    return name, {field: value for field, _, value in pairs}
-
-
-def trainer(variant):
-    """What trains a variant and samples from it: its script and words, and build_model's parts."""
-    name, changes = split(variant)
-    if name in NEIGHBOURS:
-        return ["notebooks/lab/neighbours.py", name], NEIGHBOURS[name]
-    if name == "lambda0" or "normalizer" in changes:
-        word = "lambda0-" * (name == "lambda0") + changes.get("normalizer", "length")
-        return ["notebooks/lab/eq8.py", word], eq8.parts_with(word)
-    return ["train.py"], dydilit.block_parts
-
-
-def flags(variant, known):
-    """train.py's flags for a variant. known: of `variants`."""
-    name, changes = split(variant)
+    changes = dict(pair.partition("=")[::2] for pair in changes.split(",") if pair)
+    form = changes.pop("normalizer", "length")
     if name not in known:
         raise train.Problem(f"--variants {name}: choose from {', '.join(known)}")
-    if changes.pop("normalizer", "length") not in eq8.Divided.DENOMINATORS:
-        words = ", ".join(eq8.Divided.DENOMINATORS)
-        raise train.Problem(f"--variants {variant}: choose the normalizer from {words}")
+    if form not in eq8.FORMS:
+        raise train.Problem(f"--variants {variant}: the normalizers are {', '.join(eq8.FORMS)}")
+    parts = NEIGHBOURS.get(name, dydilit.block_parts)
+    if name == "lambda0" or form != "length":
+        parts = eq8.parts_with("lambda0-" * (name == "lambda0") + form)
     knobs = {field: value for field, value in changes.items() if field in train.KNOBS}
-    out = [word for field in knobs for word in ("--" + field.replace("_", "-"), knobs[field])]
+    flags = [word for field in knobs for word in ("--" + field.replace("_", "-"), knobs[field])]
     fields = {field: json.dumps(value) for field, value in known[name].items()} | changes
     fields = [f"{field}={value}" for field, value in fields.items() if field not in knobs]
-    return out + ["--set", *fields] * bool(fields)
+    return flags + ["--set", *fields] * bool(fields), parts
 
 
 # ---- What is measured on a trained model ------------------------------------------------------
@@ -144,56 +123,61 @@ def held_out_losses(model, data, batch=100):
     return plain, logs
 
 
-# ---- A run ------------------------------------------------------------------------------------
+def write_floors(args):
+    """Writes the squared error, by band, of always predicting the class's mean picture.
 
-running, stopping = set(), threading.Event()        # the scripts that threads wait for
-
-
-def call(log, script, *command):
-    """Runs a script with these words, its output in `log`. Problem if it fails or all end."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as out:
-        words = [sys.executable, str(ROOT / script), *map(str, command)]
-        process = subprocess.Popen(words, stdout=out, stderr=out)
-    running.add(process)
-    if stopping.is_set():
-        process.terminate()
-    code = process.wait()
-    running.discard(process)
-    if code:
-        says = log.read_text().strip().rpartition("\n")[2]
-        raise train.Problem(f"{says} (all of it in {log})")
+    The noise cancels: what is left of its prediction's error is the picture's, times a ratio."""
+    data, held_out = training_data(args), eq8.held_out_images(args.data, args.data_dir)
+    pixels, labels = train.pixels(data.images), torch.as_tensor(data.labels)
+    means = torch.stack([pixels[labels == c].mean(0) for c in range(10)])
+    diffusion, lines = dydilit.GaussianDiffusion(), []
+    ratio = diffusion.sqrt_alpha_bar / diffusion.sqrt_one_minus
+    for band in range(BANDS):
+        x, _, y, t = noisy_band(held_out, band)
+        error = (ratio[t].view(-1, 1, 1, 1) * (x - means[y])).square().mean().item()
+        lines.append(dict(timesteps_from=band * 1000 // BANDS, squared_error=error))
+    measures.save_log(pathlib.Path(args.out) / "floors.csv", lines)
 
 
-def data_folder(args, data):
-    return pathlib.Path(args.out) / f"{data}-{args.model.replace('/', '-')}"
+# ---- The runs ---------------------------------------------------------------------------------
+
+def training_data(args):
+    return train.shapes() if args.data == "shapes" else train.cifar10(args.data_dir)
 
 
-def run_folder(args, data, variant, steps, seed):
-    return data_folder(args, data) / f"{variant.replace(':', '-')}-{steps}-{seed}"
+def run_folder(args, variant, seed):
+    words = args.data, args.model.replace("/", "-"), variant.replace(":", "-"), args.steps, seed
+    return pathlib.Path(args.out) / "-".join(map(str, words))
 
 
-def sample_file(args, run):
-    return run / f"samples-cfg{RECIPE}-{args.samples}-{args.sampling_steps}.npz"
+def prepare(args):
+    """The classifier that measures all runs, and its features of 10,000 training images."""
+    data, kept = training_data(args), pathlib.Path(args.out) / f"{args.data}-classifier.pt"
+    if not kept.exists():
+        network = measures.train_classifier(data.images, data.labels, len(data.names))
+        with train.replacing(kept) as file:
+            torch.save(network.state_dict(), file)
+    network = measures.Classifier(len(data.names))
+    network.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+    network = network.to(train.pick_device()).eval()
+    pick = np.sort(np.random.default_rng(0).permutation(len(data.labels))[:10_000])
+    return network, measures.extract(data.images[pick], network)
 
 
-def one_run(args, key, train_flags, network, real):
-    """Trains, samples and measures. Returns the run's line of runs.csv."""
-    start, steps, seed = time.time(), key["steps"], key["seed"]
-    run = run_folder(args, key["data"], key["variant"], steps, seed)
-    log, (script, parts) = run.with_name(run.name + ".log"), trainer(key["variant"])
-    call(log, *script, "train", "--data", key["data"], "--data-dir", args.data_dir,
-         "--model", args.model, "--run", run, "--seed", seed, "--steps", steps,
-         "--sampling-steps", 20, "--sample-every", steps, *train_flags)
+def one_run(args, known, network, real, variant, seed):
+    """Trains, samples and measures. Returns what runs.csv gets besides the fields of KEY."""
+    start, run = time.time(), run_folder(args, variant, seed)
+    flags, parts = settings(variant, known)
+    train.main(["train", "--data", args.data, "--data-dir", args.data_dir, "--model", args.model,
+                "--run", str(run), "--seed", str(seed), "--steps", str(args.steps),
+                "--sampling-steps", "20", "--sample-every", str(args.steps), *flags], parts)
+    train.main(["sample", "--run", str(run), "--num", str(args.samples), "--cfg", RECIPE,
+                "--steps", "20", "--sampler", "ddim", "--seed", str(seed)], parts)
     model = dydilit.load_model(run / "checkpoint.pt", parts)[0].to(train.pick_device())
-    plain, logs = held_out_losses(model, eq8.held_out_images(key["data"], args.data_dir))
-    out = sample_file(args, run)
-    if not out.exists():
-        call(log, *script, "sample", "--run", run, "--num", args.samples, "--cfg", RECIPE,
-             "--steps", args.sampling_steps, "--sampler", "ddim", "--seed", seed, "--out", out)
-    images, _ = measures.load_npz(out)
+    plain, logs = held_out_losses(model, eq8.held_out_images(args.data, args.data_dir))
+    images, _ = measures.load_npz(run / "samples.npz")
     values = measures.compare(measures.extract(images, network), real)
-    return dict(key, dim=model.cfg.dim, depth=model.cfg.depth,
+    return dict(commit=measures.commit(), dim=model.cfg.dim, depth=model.cfg.depth,
                 honest_gmacs=sum(cost.count_macs(model)["honest"].values()) / 1e9,
                 held_out_loss=np.mean(plain), held_out_log=np.mean(logs),
                 **{f"band{b}": v for b, v in enumerate(plain)},
@@ -201,114 +185,50 @@ def one_run(args, key, train_flags, network, real):
                 seconds=time.time() - start)
 
 
-def prepare(args, data):
-    """The feature network, and the features of 10,000 training images."""
-    source = train.shapes() if data == "shapes" else train.cifar10(args.data_dir)
-    kept = data_folder(args, data) / "classifier.pt"
-    if args.network:
-        network = measures.load_network(args.network)
-    elif kept.exists():
-        network = measures.Classifier(len(source.names))
-        network.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
-        network = network.to(train.pick_device()).eval()
-    else:
-        network = measures.train_classifier(source.images, source.labels, len(source.names))
-        with train.replacing(kept) as file:
-            torch.save(network.state_dict(), file)
-    pick = np.sort(np.random.default_rng(0).permutation(len(source.labels))[:10_000])
-    return network, measures.extract(source.images[pick], network)
-
-
-def keep_features(args, data, network):
+def keep_features(args, network):
     """Writes the features of some real and generated images, of the first seed, for a t-SNE."""
-    test = eq8.held_out_images(data, args.data_dir, 10_000)
+    test = eq8.held_out_images(args.data, args.data_dir, 10_000)
     source, out = {"real": (test.images, test.labels)}, {}
     for variant in ("dit", "sana", "rung6"):
-        path = sample_file(args, run_folder(args, data, variant, args.steps, args.first_seed))
-        if not path.exists():
-            return
-        source[variant] = measures.load_npz(path)
+        source[variant] = measures.load_npz(
+            run_folder(args, variant, args.first_seed) / "samples.npz")
     for name, (images, labels) in source.items():
         pick = np.concatenate([np.flatnonzero(labels == c)[:30] for c in range(10)])
         out[name] = measures.extract(images[pick], network)["pool"].cpu().numpy().astype("float16")
         out["labels"] = labels[pick]                        # the same for all: class by class
-    np.savez_compressed(data_folder(args, data) / "features.npz", names=test.names, **out)
-
-
-# ---- All runs ---------------------------------------------------------------------------------
-
-def climb(args):
-    """Makes the runs that OUT's table lacks."""
-    table, todo = pathlib.Path(args.out) / "runs.csv", []
-    lines, commit = measures.read(table), measures.commit()
-    done = {tuple(line[k] for k in KEY) for line in lines}
-    known = variants(args.model, SHAPE)
-    usual = [name for name in known if name != "lambda0" and name not in NEIGHBOURS]
-    for seed in range(args.first_seed, args.first_seed + args.seeds):   # the first of all first
-        for data in args.data:
-            for variant in args.variants or usual:
-                extra, steps = flags(variant, known), split(variant)[1].get("steps", args.steps)
-                key = (data, args.model, variant, seed, steps, args.samples, args.sampling_steps,
-                       args.network or "classifier")
-                if tuple(map(str, key)) not in done:
-                    todo.append((dict(zip(KEY, key), commit=commit), extra))
-    print(f"{len(done)} runs are in {table}, {len(todo)} are to do")
-    networks = {data: prepare(args, data) for data in {key["data"] for key, _ in todo}}
-    threads, failed = max(1, os.cpu_count() // args.workers), 0
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)                        # of the scripts
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(one_run, args, key, extra, *networks[key["data"]]): key
-                   for key, extra in todo}
-        try:
-            for future in tqdm(concurrent.futures.as_completed(futures), "runs", len(futures)):
-                try:
-                    line = future.result().items()
-                    lines.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line})
-                    measures.save_log(table, lines)
-                except train.Problem as problem:
-                    failed += 1
-                    tqdm.write(f"{futures[future]['data']} {futures[future]['variant']}: {problem}")
-        except BaseException as error:
-            stopping.set()
-            for process in list(running):
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                error = train.Problem("stopped; the same command goes on from here")
-            raise error
-    if not args.network:
-        for data, (network, _) in networks.items():
-            keep_features(args, data, network)
-    if failed:
-        raise train.Problem(f"{failed} runs failed; mend what they say and repeat the command")
+    np.savez_compressed(pathlib.Path(args.out) / "features.npz", names=test.names, **out)
 
 
 def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", default=["shapes"], choices=["shapes", "cifar10"])
+    add("--data", default="shapes", choices=["shapes", "cifar10"])
     add("--data-dir", default="data", help="where cifar10 lies; other files there, other --out")
-    add("--model", default=train.SMALL_MODEL, help="the full method; default: %(default)s")
+    add("--model", default=train.SMALL_MODEL, choices=[*dydilit.MODELS], help="the full method")
     add("--variants", nargs="+", help="NAME or NAME:FIELD=VALUE,...; default: the first ten")
     add("--seeds", type=train.positive, default=3, help="how many; default: %(default)s")
     add("--first-seed", type=int, default=0, help="default: %(default)s")
     add("--steps", type=train.positive, default=3000, help="of training; default: %(default)s")
     add("--samples", type=train.positive, default=500, help="per run; default: %(default)s")
-    add("--sampling-steps", type=train.positive, default=20, help="of DDIM; default: %(default)s")
-    add("--network", help="a feature network, see measures.py; default: a classifier of the data")
-    add("--workers", type=train.positive, help="runs at a time; default: %(default)s",
-        default=1 if torch.cuda.is_available() else os.cpu_count())
+    add("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     add("--out", default="runs/ladder", help="folder; default: %(default)s")
     args = parser.parse_args()
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-    with open(f"{args.out}/.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise train.Problem(f"{args.out}: another process is at work in it") from None
-        climb(args)
+    known = variants(args.model)
+    named = args.variants or [v for v in known if v != "lambda0" and v not in NEIGHBOURS]
+    for variant in named:
+        settings(variant, known)                            # refuses what it does not know
+    torch.set_num_threads(max(1, os.cpu_count() // args.part[1]))
+    write_floors(args)
+    network, real = prepare(args)
+
+    def run(*job):
+        return dict(zip(KEY, job), **one_run(args, known, network, real, *job[2:4]))
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    jobs = [(args.data, args.model, variant, seed, args.steps, args.samples)
+            for seed in seeds for variant in named]
+    measures.make(run, jobs, pathlib.Path(args.out) / "runs.csv", args.part)
+    if {"dit", "sana", "rung6"} <= {*named}:
+        keep_features(args, network)
 
 
 if __name__ == "__main__":

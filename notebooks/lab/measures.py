@@ -202,12 +202,6 @@ def extract(images, network, batch=500):
     return dict(zip(("pool", "spatial", "logits"), map(torch.cat, zip(*parts))))
 
 
-def load_network(path):
-    """A TorchScript module, see above."""
-    with train.blaming(f"--network {path}", "give a TorchScript file"):
-        return torch.jit.load(path, map_location=train.pick_device()).eval()
-
-
 # ---- Files --------------------------------------------------------------------------------------
 
 def load_npz(path):
@@ -231,19 +225,36 @@ def save_log(path, log):
 
 
 def add_lines(path, lines):
-    """Appends lines (dictionaries with the same keys) to a table. Several processes may do so."""
+    """Appends lines (dictionaries) to a table, which keeps its columns. Several processes may."""
     import fcntl                                # Windows has none
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
+    with open(path, "a+", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, lines[0])
-        if not file.tell():
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, columns or lines[0], extrasaction="ignore")
+        if not columns:
             writer.writeheader()
         writer.writerows(lines)
 
 
 def read(path):
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def make(run, jobs, table, part=(0, 1)):
+    """Adds the line run(*job) of each job to a table, whose first columns tell the jobs apart.
+
+    part: (i, n) for every n-th job from the i-th on. A job that fails doesn't keep the others."""
+    done, problems = {tuple(row.values())[:len(jobs[0])] for row in read(table)}, []
+    for job in jobs[part[0]::part[1]]:
+        if tuple(map(str, job)) not in done:
+            try:
+                add_lines(table, [run(*job)])
+            except Problem as problem:
+                problems.append(f"{', '.join(map(str, job))}: {problem}")
+    if problems:
+        raise Problem("\n".join(problems))
 
 
 def commit():
@@ -292,13 +303,13 @@ def main(argv=None):
     parser.add_argument("reference")
     parser.add_argument("--network", help="TorchScript file of a feature network")
     args = parser.parse_args(argv)
-    network = load_network(args.network) if args.network else None
     (x, x_labels), (y, y_labels) = load_npz(args.samples), load_npz(args.reference)
     if x.shape[1:] != y.shape[1:]:
         raise Problem(f"{args.samples}: images of {x.shape[1]}x{x.shape[2]}, the reference's are "
                       f"{y.shape[1]}x{y.shape[2]}; make both of one size")
     if args.network:
-        with train.blaming(f"--network {args.network}", "--help says what it takes and gives"):
+        with train.blaming(f"--network {args.network}", "--help says what file it must be"):
+            network = torch.jit.load(args.network, map_location=train.pick_device()).eval()
             if len(extract(y[:5], network)) == 2:
                 raise ValueError("it gives two tensors, and neither one nor three")
     elif y_labels is None or len(classes := np.unique(y_labels)) < 2:

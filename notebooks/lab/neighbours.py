@@ -1,21 +1,16 @@
 """Five other answers to the question what to do about N^2, in the parts of a dydilit.Block.
 
-    python notebooks/lab/neighbours.py edit train --data shapes     train.py's commands
-
-The first word is a name in NEIGHBOURS. build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"]) builds
-EDiT in the shell that all models share, which initializes every linear layer as DiT does. Every
-attention maps tokens (B, N, d) to tokens (B, N, d): B images, N patches row by row, h heads.
+build_model("DyDi-LiT-S/2", parts=NEIGHBOURS["edit"]) builds EDiT in the shell that all models
+share, which initializes every linear layer as DiT does. Every attention maps tokens (B, N, d) to
+tokens (B, N, d): B images, N patches row by row, h heads. ladder.py trains these systems.
 """
 import math
-import pathlib
-import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path[:0] = [str(folder) for folder in pathlib.Path(__file__).resolve().parents[1:3]]
-import dydilit  # noqa: E402
+import dydilit
 
 
 def as_image(x):
@@ -276,9 +271,3 @@ NEIGHBOURS = {
     "lit": lambda cfg, i: (FewHeadLinearAttention(cfg.dim, lit_heads(cfg.dim)),
                            dydilit.Mlp(cfg.dim)),
 }
-
-if __name__ == "__main__":
-    import train
-    if len(sys.argv) < 2 or sys.argv[1] not in NEIGHBOURS:
-        sys.exit(f"neighbours.py: the first word must be one of {', '.join(NEIGHBOURS)}")
-    train.explained(train.main, sys.argv[2:], NEIGHBOURS[sys.argv[1]])

@@ -130,12 +130,3 @@ def sample(denoiser, n=64, seed=0):
     x = torch.randn(n, 3, TILES * TILE, TILES * TILE, generator=generator)
     y = torch.zeros(n, dtype=torch.long)
     return PROCESS.sample(lambda x, t: denoiser(x, t, y), x, 100, "ddim", progress=False)
-
-
-def agreement(pictures):
-    """The share of pixels in which a tile agrees with the tile that is most like it, a mean.
-
-    Of random pictures that share is .625, since there are fifteen other tiles. Twins have 1."""
-    tiles = to_tiles(pictures).sign().flatten(2)                            # (B, 16, 48)
-    same = (1 + tiles @ tiles.transpose(1, 2) / tiles.shape[-1]) / 2        # (B, 16, 16)
-    return (same - 2 * torch.eye(tiles.shape[1])).amax(dim=-1).mean().item()
