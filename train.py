@@ -1,4 +1,4 @@
-"""Trains DyDi-LiT and samples from it. `python train.py COMMAND --help` lists a command's options.
+"""Trains DyDi-LiT and samples from it. It needs nothing else of this repository than dydilit.py.
 
     python train.py                                         shapes, in ten minutes on two CPU cores
     python train.py --data cifar10 --model DyDi-LiT-S/2     CIFAR-10, for a GPU
@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=4 -- train.py --data DIR      four GPUs share every batch
     python train.py sample --run runs/shapes                a labelled grid of samples
     python train.py sample --run runs/shapes --num 50000    an .npz of samples, to be measured
-
-It needs nothing else of this repository than dydilit.py."""
+    python train.py train --help                            the options, also of sample
+"""
 import argparse
 import contextlib
 import copy
@@ -18,7 +18,6 @@ import pathlib
 import shutil
 import signal
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -279,23 +278,21 @@ def image_folder(root):
 
     Prints what is taken and what is left out. A folder without class folders is one class."""
     root = pathlib.Path(root)
-    files = {p: p.relative_to(root).parts for p in sorted(root.rglob("*")) if p.is_file()}
-    files = {p: parts for p, parts in files.items() if not any(part[0] == "." for part in parts)}
-    runs = sorted({parts[0] for p, parts in files.items() if p.name == "checkpoint.pt"})
+    files = [p.relative_to(root) for p in sorted(root.rglob("*")) if p.is_file()]
+    files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
+    runs = {p.parts[0] for p in files if p.name == "checkpoint.pt"}         # they are no classes
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = {p: parts for p, parts in files.items()
-              if p.suffix.lower() in readable and parts[0] not in runs}
-    places = {p: parts[0] for p, parts in images.items() if len(parts) > 1}
-    places = places or {p: root.resolve().name for p in images}
-    if not places:
+    images = [p for p in files if p.suffix.lower() in readable and p.parts[0] not in runs]
+    images = [p for p in images if len(p.parts) > 1] or images
+    if not images:
         raise Problem(f"--data {root}: no images; give shapes, cifar10 or a folder that has some")
-    names, labels = np.unique([*places.values()], return_inverse=True)
-    kinds = sorted({p.suffix or p.name for p in files if p not in places})
-    print(f"{root}: {len(places)} images, {len(names)} class{'es' * (len(names) > 1)} "
+    classes = [p.parts[0] if len(p.parts) > 1 else root.resolve().name for p in images]
+    names, labels = np.unique(classes, return_inverse=True)
+    kinds = sorted({p.suffix or p.name for p in {*files} - {*images}})
+    print(f"{root}: {len(images)} images, {len(names)} class{'es' * (len(names) > 1)} "
           f"({', '.join(names):.60})"
-          + f"; {len(files) - len(places)} files skipped: {', '.join(kinds):.60}" * bool(kinds)
-          + f"; no classes, but runs: {', '.join(runs):.60}" * bool(runs))
-    return [*places], labels, names.tolist()
+          + f"; {len(files) - len(images)} files skipped: {', '.join(kinds):.60}" * bool(kinds))
+    return [root / p for p in images], labels, names.tolist()
 
 
 def read_image(path, size):
@@ -535,7 +532,6 @@ class Training:
         parallel = torch.nn.parallel.DistributedDataParallel
         self.forward = parallel(self.model) if self.world > 1 else self.model
         self.forward = torch.compile(self.forward) if args.compile else self.forward
-        started = time.time() - (self.log[-1][-1] if self.log else 0)
         hidden = None if self.main else True                    # None: shown in a terminal only
         with tqdm(None, "training", args.steps, initial=self.step, disable=hidden) as bar:
             while self.step < args.steps and not stop:
@@ -548,7 +544,7 @@ class Training:
                 stop = self.stop if self.world == 1 else stops.item() > 0
                 save = stop or self.step % args.save_every == 0 or self.step == args.steps
                 if save or self.step % args.log_every == 0:
-                    self.report(time.time() - started)
+                    self.report()
                     bar.set_postfix(loss=self.log[-1][2])
                 if save:
                     self.save()
@@ -592,16 +588,16 @@ class Training:
         with torch.no_grad():
             torch._foreach_lerp_([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
 
-    def report(self, seconds):
+    def report(self):
         """Adds the mean losses since the last report to log.csv."""
         means, self.window = torch.stack(self.window).mean(0).tolist(), []
         if not np.isfinite(means).all():
             raise Problem(f"step {self.step}: the loss is no longer finite; start another --run "
                           f"with a lower --lr, or resume from {self.checkpoint}")
-        self.log.append([self.step, self.step * self.args.batch_size, *means, seconds])
+        self.log.append([self.step, self.step * self.args.batch_size, *means])
         if self.main:
             with replacing(self.folder / "log.csv") as file:
-                columns = ",".join(["step", "images", *LOSSES, "seconds"])
+                columns = ",".join(["step", "images", *LOSSES])
                 np.savetxt(file, self.log, "%.9g", ",", header=columns, comments="")
 
     def save(self, whole=True):
@@ -623,11 +619,10 @@ class Training:
     def grid(self, name):
         """Draws samples of the average, ten of each of up to ten classes."""
         labels = [c for c in range(min(len(self.data.names), 10)) for _ in range(10)]
-        micro = self.args.batch_size // (self.world * self.args.accumulate)     # what fits
         try:
             vae = self.data.vae and load_vae(self.args.vae or self.data.vae, self.device)
             images = generate(copy.deepcopy(self.ema).fuse(), labels, self.args.sampling_steps,
-                              self.args.cfg, vae=vae, batch_size=micro)
+                              self.args.cfg, vae=vae)
             with replacing(self.folder / name) as file:
                 save_grid(file, images, labels, self.data.names)
         except (Problem, torch.OutOfMemoryError) as error:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 
@@ -39,13 +39,6 @@ def surroundings(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if request.module.__name__ != "test_notebooks":
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="session")
-def known():
-    """ladder.py's variants of the small model for CIFAR-10. To find their widths takes seconds."""
-    from lab import ladder
-    return ladder.variants("DyDi-LiT-XS/4")
 
 
 @pytest.fixture

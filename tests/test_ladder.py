@@ -1,8 +1,6 @@
 """The ladder of runs: who is compared at which cost, what is measured, and that runs go on."""
-import pathlib
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,15 +10,17 @@ from lab import experiment, ladder, measures
 from lab.execute import HERE
 from lab.neighbours import NEIGHBOURS, lit_heads
 
+KNOWN = ladder.variants(train.SMALL_MODEL)
 
-def test_variants_are_those_of_the_tables_and_of_lesson_12(known):
-    assert [known[f"rung{i}"] for i in range(1, 7)] == [fields for _, fields in dydilit.LADDER]
-    assert known["map"] == dict(dwc=False, differential="map")
-    assert known["increasing"] == dict(dwc=False, lambda_init=[0.2, 0.8])
+
+def test_variants_are_those_of_the_tables_and_of_lesson_12():
+    assert [KNOWN[f"rung{i}"] for i in range(1, 7)] == [fields for _, fields in dydilit.LADDER]
+    assert KNOWN["map"] == dict(dwc=False, differential="map")
+    assert KNOWN["increasing"] == dict(dwc=False, lambda_init=[0.2, 0.8])
     lesson = (HERE / "12_the_neighbours.ipynb").read_text()
     labels = dict(zip(NEIGHBOURS, ("PixArt-Sigma", "EDiT", "DiG", "MoH-DiT", "LiT")))
     for name in "sana", "dit", *NEIGHBOURS:
-        fields, parts = known[name], ladder.settings(name, known)[1]
+        fields, parts = KNOWN[name], ladder.settings(name, KNOWN)[1]
         macs = ladder.honest_macs(train.SMALL_MODEL, parts=parts, **ladder.SHAPE, **fields)
         more = 100 * (macs / ladder.honest_macs(train.SMALL_MODEL) - 1)
         assert abs(more) < 3                        # as near as a step of the width allows
@@ -34,22 +34,22 @@ def test_variants_are_those_of_the_tables_and_of_lesson_12(known):
     ("rung6:lr=1e-3,n_heads=4", ["--lr", "1e-3", "--set", "n_heads=4"], "length", True),
     ("rung5:normalizer=mass", ["--set", "dwc=false"], "mass", True),
     ("lambda0:normalizer=none,steps=9", ["--steps", "9", "--set", "dwc=false"], "none", False)])
-def test_a_variant_becomes_flags_and_parts(known, variant, flags, form, learns):
-    found, parts = ladder.settings(variant, known)
+def test_a_variant_becomes_flags_and_parts(variant, flags, form, learns):
+    found, parts = ladder.settings(variant, KNOWN)
     differential = parts(dydilit.ModelConfig(), 0)[0].differential
     assert found == flags and differential.lambdas.requires_grad == learns
     assert getattr(differential, "denominator", "length") == form
-    assert ladder.settings("lit:dim=48", known) == (["--set", "depth=5", "dim=48"],
+    assert ladder.settings("lit:dim=48", KNOWN) == (["--set", "depth=5", "dim=48"],
                                                     NEIGHBOURS["lit"])
 
 
-def test_unknown_variants_are_refused_and_those_of_the_lessons_are_not(known):
+def test_unknown_variants_are_refused_and_those_of_the_lessons_are_not():
     for variant in [*experiment.VARIANTS, *NEIGHBOURS]:
-        ladder.settings(variant, known)
+        ladder.settings(variant, KNOWN)
     with pytest.raises(train.Problem, match="--variants rung7: choose from rung1"):
-        ladder.settings("rung7", known)
+        ladder.settings("rung7", KNOWN)
     with pytest.raises(train.Problem, match="=typo: the normalizers are none, length"):
-        ladder.settings("rung6:normalizer=typo", known)
+        ladder.settings("rung6:normalizer=typo", KNOWN)
 
 
 def test_held_out_losses_are_those_of_training():
@@ -65,26 +65,12 @@ def test_held_out_losses_are_those_of_training():
     assert logs[3] == pytest.approx(want["loss"].log().mean().item(), rel=1e-4)
 
 
-class Constant:
-    """A model for which every clean picture is the mean of its class."""
-    pos_embed = torch.zeros(1)
-
-    def __init__(self, data):
-        images = data.images / 127.5 - 1
-        means = [images[data.labels == c].mean(0).transpose(2, 0, 1) for c in range(10)]
-        self.means, self.process = torch.tensor(np.array(means)), dydilit.GaussianDiffusion()
-
-    def __call__(self, x, t, y):
-        a, s = (self.process._at(name, t) for name in ("sqrt_alpha_bar", "sqrt_one_minus"))
-        return torch.cat([(x - a * self.means[y]) / s, torch.zeros_like(x)], dim=1).float()
-
-
 @pytest.mark.slow
-def test_each_run_is_made_once_and_measured(cli, monkeypatch, shapes=train.shapes):
+def test_each_run_is_made_once_and_measured(cli, tmp_path, monkeypatch, shapes=train.shapes):
     monkeypatch.setattr(train, "shapes", lambda n=200, seed=0: shapes(min(n, 200), seed))
     monkeypatch.setattr(measures, "train_classifier", lambda *data: measures.Classifier(data[2]))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    tiny, table = "dim=16,depth=2,batch_size=4", pathlib.Path("out/runs.csv")
+    tiny, table = "dim=16,depth=2,batch_size=4", tmp_path / "out/runs.csv"
 
     def climb(*argv):
         monkeypatch.setattr(sys, "argv", [
@@ -102,6 +88,15 @@ def test_each_run_is_made_once_and_measured(cli, monkeypatch, shapes=train.shape
     old, anew = climb()                                     # and a line made anew is the same
     assert old == rows[1] | dict(extra="1")
     assert anew == rows[0] | dict(seconds=anew["seconds"], extra="")
+    data, process = train.shapes(), dydilit.GaussianDiffusion()
+    x, _ = data.batch(torch.arange(200), torch.zeros(200, dtype=torch.bool))
+    means = torch.stack([x[data.labels == c].mean(0) for c in range(10)])
+
+    def constant(x, t, y):
+        """A model for which every clean picture is the mean of its class."""
+        a, s = (process._at(name, t) for name in ("sqrt_alpha_bar", "sqrt_one_minus"))
+        return torch.cat([(x - a * means[y]) / s, torch.zeros_like(x)], dim=1)
+    constant.pos_embed = x
+    errors, _ = ladder.held_out_losses(constant, train.shapes(seed=1))
     floors = [float(row["squared_error"]) for row in measures.read(table.with_name("floors.csv"))]
-    errors, _ = ladder.held_out_losses(Constant(shapes(200)), shapes(200, seed=1))
     assert floors == pytest.approx(errors, rel=1e-3)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def load(run):
 
 def rows(run):
     with open(pathlib.Path(run) / "log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def image_tree(root, classes=("cat", "dog"), count=6, size=(40, 48)):
@@ -122,8 +123,7 @@ def test_cifar_is_read_plane_by_plane(tmp_path):
 def test_cifar_is_downloaded_checked_and_unpacked(tmp_path, monkeypatch):
     source = cifar_files(tmp_path / "source")
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
-        for path in source.iterdir():
-            tar.add(path, f"cifar-10-batches-bin/{path.name}")
+        tar.add(source, "cifar-10-batches-bin")
     monkeypatch.setattr(train, "CIFAR_URL", (tmp_path / "c.tar.gz").as_uri())
     with pytest.raises(train.Problem, match="invalid hash value.*; delete it, and fetch"):
         train.cifar10(tmp_path / "data")
@@ -218,8 +218,8 @@ def test_a_run_in_the_data_is_no_class_and_a_flat_folder_one(
     for steps in (1, 2):
         cli(*TINY, "--data", ".", "--steps", steps, "--batch-size", "4")
     said = capsys.readouterr().out
-    assert said.count(says) == 2 and "runs/photos lies in --data; it is no class" in said
-    assert "no classes, but runs: runs" in said and load("runs/photos")["step"] == 2
+    assert said.count(says) == 2 and said.count("runs/photos lies in --data; it is no class") == 2
+    assert load("runs/photos")["step"] == 2
 
 
 def test_all_images_that_cannot_be_read_are_named(tmp_path):
@@ -235,16 +235,10 @@ def test_all_images_that_cannot_be_read_are_named(tmp_path):
         str(root / name) for name in ("cat/0.png", "cat/f.tiff", "dog/i.png")}
 
 
-def test_batches_are_scaled_and_mirrored():
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    data = train.Data(images, np.arange(5), [*"abcde"], 8)
-    x, y = data.batch(torch.tensor([3, 1]), torch.tensor([False, True]))
-    assert y.tolist() == [3, 1] and x.dtype == torch.float32
-    assert x[0, 2, 5, 6].item() == pytest.approx(images[3, 5, 6, 2] / 127.5 - 1)
-    assert x[1, 2, 5, 6].item() == pytest.approx(images[1, 5, 1, 2] / 127.5 - 1)
-    data.flip = False
+def test_latents_come_mirrored_and_shapes_do_not():
+    data = train.shapes(50)
     x, _ = data.batch(torch.tensor([1]), torch.tensor([True]))
-    assert x[0, 2, 5, 6].item() == pytest.approx(images[1, 5, 6, 2] / 127.5 - 1)
+    assert x[0, 2, 5, 6].item() == pytest.approx(data.images[1, 5, 6, 2] / 127.5 - 1)
     latents = np.arange(10, dtype=np.float16).reshape(5, 2, 1, 1, 1)        # each with its mirror
     data = train.Data(latents, np.arange(5), [*"abcde"], 8, vae="v")
     x, _ = data.batch(torch.tensor([3, 1]), torch.tensor([False, True]))
@@ -298,22 +292,15 @@ def test_steps_are_those_of_the_recipe(tmp_path, monkeypatch, log_loss):
             a += (1 - decay) * (p.detach() - a)
             torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(ema, a, rtol=1e-3, atol=1e-5)
-    run.report(seconds=9.0)
-    assert run.log == [[8, 64, pytest.approx(np.mean(seen), rel=1e-3), *run.log[0][3:5], 9.0]]
+    run.report()
+    assert run.log == [[8, 64, pytest.approx(np.mean(seen), rel=1e-3), *run.log[0][3:]]]
     assert not run.ema.training                             # its labels are not dropped
-
-
-def test_training_learns(cli):
-    cli(*TINY, "patch_size=2", "--steps", "150", "--log-every", "30", "--lr", "1e-2")
-    losses = [float(row["loss"]) for row in rows("runs/shapes")]
-    assert losses[-1] < 0.6 * losses[0]
 
 
 def same_losses(one, other):
     for a, b in zip(rows(one), rows(other), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3)
+        a, b = ({name: float(value) for name, value in row.items()} for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 TORCHRUN = "-m", "torch.distributed.run", "--nproc_per_node=2", "--", ROOT / "train.py"
@@ -559,14 +546,13 @@ def test_killed_runs_resume_bit_for_bit(small, tmp_path, kills):
     states = [load(run) for run in (tmp_path / "whole", killed)]
     torch.testing.assert_close(*([state["step"], state["weights"], state["ema"],
                                   state["optimizer"]["state"]] for state in states), rtol=0, atol=0)
-    assert rows(tmp_path / "whole") == rows(killed)
-    assert {*snapshot(killed)} == {*snapshot(tmp_path / "whole")}
-    for path in killed.glob("samples*.png"):
-        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    one, other = snapshot(tmp_path / "whole"), snapshot(killed)
+    assert one.keys() == other.keys()
+    assert all(one[path] == other[path] for path in one if path.suffix in (".png", ".csv"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param("SIGHUP", marks=pytest.mark.slow),
-                                    pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [
+    "SIGINT", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGHUP", "SIGTERM"))])
 def test_a_stopped_run_saves_and_keeps_its_folder(small, tmp_path, number):
     args = [*small, "--run", tmp_path / "run"]
     process = command(*args, "--steps", 10**6, "--save-every", 10**6, "--log-every", 10)
@@ -574,7 +560,7 @@ def test_a_stopped_run_saves_and_keeps_its_folder(small, tmp_path, number):
     output = finish(*args, "--steps", 10, code=1)
     assert output == (f"{tmp_path / 'run'}: [Errno 11] Resource temporarily unavailable "
                       "(BlockingIOError); another process is at work in it\n")
-    process.send_signal(getattr(signal, number) if isinstance(number, str) else number)
+    process.send_signal(getattr(signal, number))
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 130 and "saved at step" in output and "Traceback" not in output
     step = load(tmp_path / "run")["step"]
@@ -605,10 +591,8 @@ def test_a_compiled_run(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size there")
 def test_a_disk_that_fills(small, tmp_path):
     """At some byte of the checkpoint: the process may write no larger files than that."""
-    import resource
     args = [*small, "--run", tmp_path / "run"]
     finish(*args, "--steps", 2)
     before, saved = snapshot(tmp_path / "run"), pathlib.Path("checkpoint.pt")
@@ -624,9 +608,6 @@ def test_a_disk_that_fills(small, tmp_path):
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 class Evil:
@@ -663,7 +644,7 @@ def bad_places(tmp_path_factory):
     (tmp_path / "alien" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     latent_files(tmp_path / "few-labels", n=15)
     latent_files(tmp_path / "unfinished", done=9)
-    truncated(cifar_files(tmp_path / "short-cifar") / "data_batch_3.bin")
+    os.truncate(cifar_files(tmp_path / "short-cifar") / "data_batch_3.bin", 9999)
     image_tree(tmp_path / "pets", count=8)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
