@@ -260,6 +260,8 @@ def cifar10(data_dir, files=CIFAR_FILES):
     if not (folder / files[0]).exists():
         folder = folder / "cifar-10-batches-bin"
     if not folder.exists():
+        if "RANK" in os.environ:
+            raise Problem(f"{folder} is not there; download it by a start without torchrun")
         with blaming(archive, f"delete it, and fetch {CIFAR_URL} by other means"):
             archive.parent.mkdir(parents=True, exist_ok=True)
             if not archive.exists():
@@ -479,11 +481,7 @@ class Training:
             raise Problem(f"--batch-size: no multiple of --accumulate x {self.world} processes")
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if not self.main:                               # it waits for the first one's download
-            dist.barrier()
         self.data = data = load_data(args)
-        if self.world > 1 and self.main:
-            dist.barrier()
         torch.manual_seed(args.seed)
         with blaming("--image-size, --set", "see dydilit.ModelConfig", TypeError, ValueError):
             ours = dict(**data.model_shape(), **dict(args.set))     # to set the data's is an error
@@ -500,10 +498,9 @@ class Training:
         self.step, self.log, self.window, self.stop, self.stops = 0, [], [], False, torch.zeros(())
         # What makes a run what it is may not change when it resumes.
         fixed = ("seed", "batch_size", "lr", "warmup", "cooldown", "beta2", "log_loss", "ema")
-        self.identity = dict(
-            dataclasses.asdict(cfg), **{name: getattr(args, name) for name in fixed},
-            names=data.names, images=len(data.labels),
-            images_crc32=zlib.crc32(data.images[::-(-len(data.images) // 64)].tobytes()))
+        some = data.images[::len(data.images) // 64 + 1].tobytes()
+        self.identity = dict(dataclasses.asdict(cfg), images_crc32=zlib.crc32(some),
+                             names=data.names, **{name: getattr(args, name) for name in fixed})
         if not self.checkpoint.exists():
             self.save()                                     # from here on the folder is this run's
             return
@@ -645,8 +642,9 @@ def train(args, parts):
                 print(f"{folder} lies in --data; it is no class")
         run = Training(args, parts, folder)
         run.run()
-        finished = run.step >= args.steps
-        if run.main and finished:
+        if run.main and run.step < args.steps:
+            print(f"{run.checkpoint}: saved at step {run.step}; repeat the command")
+        elif run.main:
             run.save(whole=False)
             run.grid("samples.png")
             with style.context("default"), replacing(folder / "loss.png") as file:
@@ -656,11 +654,9 @@ def train(args, parts):
                 axes.legend()
                 axes.figure.savefig(file, dpi=150, format="png")
             print(f"{folder}: trained for {run.step} steps; look at samples.png and loss.png")
-        elif run.main:
-            print(f"{run.checkpoint}: saved at step {run.step}; repeat the command")
     if run.world > 1:
         dist.destroy_process_group()
-    if not finished:
+    if run.step < args.steps:
         sys.exit(130)
 
 
