@@ -1,7 +1,4 @@
-"""The diffusion against the formulas of DDPM, improved DDPM and DDIM in plain float64.
-
-A process is the list of its alpha-bars. The formulas are written from them, and from Bayes' rule.
-"""
+"""The diffusion against formulas of DDPM, improved DDPM and DDIM, written from its alpha-bars."""
 import math
 from unittest.mock import Mock
 

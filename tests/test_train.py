@@ -1,5 +1,4 @@
 """train.py as its user meets it: data in, the recipe, runs and stops, samples, and bad input."""
-import csv
 import dataclasses
 import hashlib
 import json
@@ -12,8 +11,8 @@ import subprocess
 import sys
 import tarfile
 import time
-import types
 import zlib
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -23,6 +22,7 @@ from PIL import Image
 
 import dydilit
 import train
+from lab import measures
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 TINY = ["--batch-size", "8", "--sampling-steps", "2", "--set", "dim=16", "depth=1", "n_gammas=2",
@@ -66,8 +66,7 @@ def load(run):
 
 
 def rows(run):
-    with open(pathlib.Path(run) / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return measures.read(pathlib.Path(run) / "log.csv")
 
 
 def image_tree(root, classes=("cat", "dog"), count=6, size=(40, 48)):
@@ -199,15 +198,15 @@ def test_a_folder_says_what_it_gives(tmp_path, capsys):
     (root / ".cache" / "x").mkdir(parents=True)
     shutil.copy(root / "cat" / "0.png", root / ".cache" / "x")
     (root / "cat" / "old").mkdir()
-    Image.new("RGB", (40, 40)).save(root / "cat" / "old" / "a.jfif", format="jpeg")
-    for name in ("notes.txt", "cat/LICENSE", "0.png", "bird/readme.txt"):
+    Image.new("RGB", (40, 40)).save(root / "cat" / "old" / "a.JFIF", format="jpeg")
+    for name in ("notes.txt", "cat/LICENSE", "0.png", "bird/readme.pdf"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("")
     paths, labels, names = train.image_folder(root)
     assert names == ["cat", "dog"] and labels.tolist() == [0] * 7 + [1] * 6
     assert [p.parent.name for p in paths] == ["cat"] * 6 + ["old"] + ["dog"] * 6
     assert capsys.readouterr().out == (f"{root}: 13 images, 2 classes (cat, dog); "
-                                       "4 files skipped: .png, .txt, LICENSE\n")
+                                       "4 files skipped: .pdf, .png, .txt, LICENSE\n")
 
 
 @pytest.mark.parametrize("classes, says", [(["."], "6 images, 1 class (photos)"),
@@ -373,8 +372,8 @@ def test_samples_are_two_guided_steps_put_together_by_hand():
 
 def test_latents_are_decoded_at_their_own_scale():
     """The stand-in VAE's latents are pixels, times a factor that is not 1."""
-    vae = types.SimpleNamespace(config=types.SimpleNamespace(scaling_factor=200.0),
-                                decode=lambda z: types.SimpleNamespace(sample=z[:, 1:]))
+    vae = mock.Mock(config=mock.Mock(scaling_factor=200.0),
+                    decode=lambda z: mock.Mock(sample=z[:, 1:]))
     model = tiny_model(in_channels=4)
     got = train.generate(model, [1] * 5, 2, 1.0, "ddim", vae=vae)
     z = plain_samples(model, [1] * 5, 1.0, 0, clip=False)[:, 1:]
@@ -410,12 +409,14 @@ def test_sample_writes_grids_and_adms_layout(run, capsys):
     assert (np.diff(samples["arr_1"]) >= 0).all()
 
 
-def test_stopped_sampling_goes_on_where_it_was(run, monkeypatch):
+@pytest.mark.parametrize("changed, left", [(False, [4]), (True, [4, 4, 2])])
+def test_stopped_sampling_goes_on_where_it_was(run, monkeypatch, changed, left):
+    """With the same model only, and not in the middle of an image."""
     generate, made = train.generate, []
 
     def watched(model, labels, *more):
         assert more[:4] == (3, 2.5, "ddim", 7)
-        if len(made) == 2:
+        if made == [3, 3]:
             raise KeyboardInterrupt
         made.append(len(labels))
         return generate(model, labels, *more)
@@ -425,13 +426,16 @@ def test_stopped_sampling_goes_on_where_it_was(run, monkeypatch):
     monkeypatch.setattr(train, "generate", watched)
     with pytest.raises(SystemExit):
         run(*flags, 3)
+    kept, = pathlib.Path("runs/shapes").glob(".samples*")
+    kept.write_bytes(kept.read_bytes() + b"half an image")
+    if changed:
+        os.utime("runs/shapes/checkpoint.pt")
     made.clear()
     run(*flags, 4)
-    assert made == [4]
+    assert made == left and kept.exists() == changed
     whole, pieces = np.load("whole.npz"), np.load("runs/shapes/samples.npz")
     assert abs(whole["arr_0"].astype(int) - pieces["arr_0"]).max() <= 1
     assert np.array_equal(whole["arr_1"], pieces["arr_1"])
-    assert not list(pathlib.Path("runs/shapes").glob(".samples*"))
 
 
 def test_a_finished_runs_model_samples_without_its_checkpoint(run):
@@ -699,10 +703,11 @@ def test_bad_input_gets_one_line_and_loses_nothing(cli, bad_places, tmp_path, ar
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_a_mistake_of_the_program_keeps_its_traceback(cli, monkeypatch, error):
-    def mistaken(*args):
-        raise error("no user's fault")
-    monkeypatch.setattr(dydilit.DyDiLA, "forward", mistaken)
+@pytest.mark.parametrize("command", [["train", *TINY], ["sample", "--run", "runs/shapes"],
+                                     ["sample", "--run", "runs/shapes", "--num", "3"]])
+def test_a_mistake_of_the_program_keeps_its_traceback(run, monkeypatch, command, error):
+    monkeypatch.setattr(dydilit.DyDiLA, "forward", mock.Mock(side_effect=error("no user's fault")))
     with pytest.raises(error):
-        cli(*TINY, "--steps", "1")
+        run(*command, "--steps", "9", *["--lr", "0.01"] * (command[0] == "train"))
+    assert not [*pathlib.Path("runs").rglob("*.part")]      # nor does half a file stay
 
