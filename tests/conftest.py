@@ -1,7 +1,4 @@
-"""`python -m pytest` runs the quick tests, `python -m pytest --slow` all of them.
-
-Those of test_cuda.py need a GPU. All others are of the CPU, where runs repeat bit for bit.
-"""
+"""`python -m pytest` runs the quick tests, with --slow all. Only test_cuda.py's use a GPU."""
 import pathlib
 import signal
 import sys
