@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 -- train.py --data DIR      four GPUs share every batch
     python train.py sample --run runs/shapes                a labelled grid of samples
     python train.py sample --run runs/shapes --num 50000    an .npz of samples, to be measured
-    python train.py train --help                            the options, also of sample
+    python train.py sample --help                           its options; and train --help
 """
 import argparse
 import contextlib
@@ -112,7 +112,7 @@ KNOBS = {   # default of the small model (minutes on a CPU), of the others (the 
     "ema": (0.998, 0.9999, float, "decay of the weights' average, which gets sampled; less early"),
     "cfg": (1.5, 4.0, float, "guidance scale of the sample grids"),
     "sampling_steps": (50, 250, thousand, "denoising steps of the sample grids"),
-    "log_every": (50, 50, positive, "steps between lines of log.csv"),
+    "log_every": (50, 50, positive, "steps between lines of log.csv, at most"),
     "save_every": (300, 1000, positive, "steps between checkpoints"),
     "sample_every": (2000, 10_000, positive, "steps between sample grids"),
 }
@@ -144,7 +144,7 @@ def arguments(argv):
     add("--run", required=True, help="folder of a run")
     add("--out", help="the .png to write, or with --num the .npz; default: in the run's folder")
     add("--num", type=positive, help="write so many samples, evenly over the classes, as an .npz")
-    add("--classes", type=int, nargs="+", help="default: the first ten for a grid, all for --num")
+    add("--classes", type=int, nargs="+", help="numbers; default: ten for a grid, all for --num")
     add("--steps", type=thousand, help="denoising steps; default: as in training")
     add("--cfg", type=float, help="guidance scale; default: as in training")
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ancestral or deterministic")
@@ -174,12 +174,6 @@ class Data:
     image_size: int                 # in pixels
     flip: bool = True               # whether mirrored images are as good as these
     vae: str = None                 # for latents: what decodes them
-
-    def model_shape(self):
-        """The fields of ModelConfig that fit a model to this data."""
-        channels, side = self.images.shape[-3:-1] if self.vae else (3, self.image_size)
-        return dict(image_size=self.image_size, vae_factor=self.image_size // side,
-                    in_channels=channels, n_classes=len(self.names))
 
     def batch(self, index, mirror):
         """Images `index` as floats (B, C, S, S), those in `mirror` flipped, and their labels."""
@@ -267,10 +261,10 @@ def cifar10(data_dir, files=CIFAR_FILES):
             if not archive.exists():
                 torch.hub.download_url_to_file(CIFAR_URL, str(archive), CIFAR_SHA256)
             shutil.unpack_archive(archive, data_dir)
-    with blaming(folder, "choose an empty --data-dir for a download", OSError, ValueError):
+    with blaming(folder, "give CIFAR-10's files, or an empty --data-dir", OSError, ValueError):
         records = np.concatenate([np.fromfile(folder / name, np.uint8) for name in files])
         records = records.reshape(-1, 3073)                 # a label, and three planes of 32 x 32
-        names = (folder / "batches.meta.txt").read_text().split()
+        names = (folder / "batches.meta.txt").read_text().strip().splitlines()
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return Data(images, records[:, 0].astype(np.int64), names, 32)
 
@@ -437,30 +431,32 @@ def sample(args, parts):
     if "RANK" in os.environ:
         raise Problem("sample runs in one process; start it without torchrun")
     path = run / ("checkpoint.pt" if (run / "checkpoint.pt").exists() else "model.pt")
-    with blaming("--run", "give it the folder of a run", ValueError):
+    with blaming("--run", "give it the folder of a run", ValueError, OSError):
         model, state = dydilit.load_model(path, parts)
     names, vae = state["data"]["names"], args.vae or state["data"]["vae"]
-    classes = args.classes or [*range(len(names))][:None if args.num else 10]
-    if not {*classes} <= {*range(len(names))}:
-        there = ", ".join(f"{c} {name}" for c, name in enumerate(names))
-        raise Problem(f"--classes: there are {there}")
+    known = range(len(names))
+    classes = args.classes or known[:len(names) if args.num else 10]
+    if not {*classes} <= {*known}:
+        raise Problem("--classes: there are " + ", ".join(f"{c} {names[c]}" for c in known))
     count, steps = args.num or 10 * len(classes), args.steps or state["knobs"]["sampling_steps"]
     labels = [classes[i * len(classes) // count] for i in range(count)]
     cfg = state["knobs"]["cfg"] if args.cfg is None else args.cfg
-    vae, model = vae and load_vae(vae, device), model.to(device).fuse()
-    how = steps, cfg, args.sampler, args.seed, vae, args.batch_size
+    model, vae = model.to(device).fuse(), vae and load_vae(vae, device)
+    how = steps, cfg, args.sampler, args.seed
     out = pathlib.Path(args.out or run / ("samples.npz" if args.num else "grid.png"))
     if not args.num:
         with replacing(out) as file:
-            save_grid(file, generate(model, labels, *how), labels, names)
+            images = generate(model, labels, *how, vae, args.batch_size)
+            save_grid(file, images, labels, names)
     else:       # They are kept as they come: the same command goes on where it was stopped.
-        size, about = model.cfg.image_size, mixed(path.stat().st_mtime_ns, labels, *how[:4])
+        size, about = model.cfg.image_size, mixed(path.stat().st_mtime_ns, labels, *how)
         kept = out.with_name(f".{out.name}.{about}")
         with blaming(kept, "check the path and the free space", OSError), open(kept, "ab") as file:
             starts = range(file.tell() // (size * size * 3), count, args.batch_size)
             for i in tqdm(starts, "batches", disable=None):
+                some = labels[i:i + args.batch_size]
                 file.truncate(i * size * size * 3)
-                file.write(generate(model, labels[i:i + args.batch_size], *how, i).tobytes())
+                file.write(generate(model, some, *how, vae, args.batch_size, i).tobytes())
         images = np.memmap(kept, np.uint8, "r").reshape(count, size, size, 3)
         with replacing(out) as file:                            # the layout of ADM's evaluator
             np.savez(file, arr_0=images, arr_1=np.array(labels))
@@ -482,9 +478,11 @@ class Training:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.data = data = load_data(args)
+        channels, side = data.images.shape[-3:-1] if data.vae else (3, data.image_size)
         torch.manual_seed(args.seed)
         with blaming("--image-size, --set", "see dydilit.ModelConfig", TypeError, ValueError):
-            ours = dict(**data.model_shape(), **dict(args.set))     # to set the data's is an error
+            ours = dict(image_size=data.image_size, vae_factor=data.image_size // side,
+                        in_channels=channels, n_classes=len(data.names), **dict(args.set))
             cfg = dydilit.ModelConfig(**{**dydilit.MODELS[args.model], **ours})
         if isinstance(data.images, list):
             data.images = read_images(data.images, data.image_size)
@@ -494,13 +492,14 @@ class Training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, (0.9, args.beta2),
                                                weight_decay=0, fused=True)
         self.diffusion = dydilit.GaussianDiffusion().to(self.device)
-        # log: the lines of log.csv; window: the sums of each step since the last line
-        self.step, self.log, self.window, self.stop, self.stops = 0, [], [], False, torch.zeros(())
+        self.step, self.log, self.window = 0, [], []    # lines of log.csv; losses since the last
+        self.stop, self.stops = False, torch.zeros(())  # whether this process, or any, must stop
         # What makes a run what it is may not change when it resumes.
         fixed = ("seed", "batch_size", "lr", "warmup", "cooldown", "beta2", "log_loss", "ema")
         some = data.images[::len(data.images) // 64 + 1].tobytes()
-        self.identity = dict(dataclasses.asdict(cfg), images_crc32=zlib.crc32(some),
-                             names=data.names, **{name: getattr(args, name) for name in fixed})
+        self.identity = dict(
+            dataclasses.asdict(cfg), **{name: getattr(args, name) for name in fixed},
+            names=data.names, data_crc32=zlib.crc32(data.labels.tobytes(), zlib.crc32(some)))
         if not self.checkpoint.exists():
             self.save()                                     # from here on the folder is this run's
             return
@@ -524,7 +523,8 @@ class Training:
             self.stop = True
             signal.signal(number, signal.SIG_DFL)
 
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:       # a closed terminal, too
+        names = {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}            # a closed terminal, too
+        for name in names:
             signal.signal(getattr(signal, name), on_signal)
         parallel = torch.nn.parallel.DistributedDataParallel
         self.forward = parallel(self.model) if self.world > 1 else self.model
@@ -545,6 +545,8 @@ class Training:
                     bar.set_postfix(loss=self.log[-1][2])
                 if save:
                     self.save()
+        for name in names:                  # nothing is lost from here on
+            signal.signal(getattr(signal, name), signal.default_int_handler)
 
     def train_step(self):
         """One step of the optimizer; it does not wait for the GPU.
@@ -594,24 +596,22 @@ class Training:
         self.log.append([self.step, self.step * self.args.batch_size, *means])
         if self.main:
             with replacing(self.folder / "log.csv") as file:
-                columns = ",".join(["step", "images", *LOSSES])
-                np.savetxt(file, self.log, "%.9g", ",", header=columns, comments="")
+                np.savetxt(file, self.log, "%.9g", ",", comments="",
+                           header=",".join(["step", "images", *LOSSES]))
 
-    def save(self, whole=True):
-        """Writes the checkpoint, or model.pt: what sampling needs of it, in half precision."""
-        if not self.main:
-            return
-        path, ema = self.checkpoint, self.ema
-        if not whole:
-            path, ema = self.folder / "model.pt", copy.deepcopy(self.ema).half()
+    def write(self, path, ema, **more):
+        """Writes what sampling needs, with these averaged weights, and more."""
         state = dict(step=self.step, ema=ema.state_dict(), model=dataclasses.asdict(ema.cfg),
                      data=dict(names=self.data.names, vae=self.data.vae), knobs=vars(self.args))
-        if whole:
-            state |= dict(identity=self.identity, log=self.log, weights=self.model.state_dict(),
-                          optimizer=self.optimizer.state_dict())
         # On a full disk torch.save raises a RuntimeError.
         with replacing(path) as file, blaming(path, "check the free space", RuntimeError):
-            torch.save(state, file)
+            torch.save(state | more, file)
+
+    def save(self):
+        """Replaces the checkpoint."""
+        if self.main:
+            self.write(self.checkpoint, self.ema, identity=self.identity, log=self.log,
+                       weights=self.model.state_dict(), optimizer=self.optimizer.state_dict())
 
     def grid(self, name):
         """Draws samples of the average, ten of each of up to ten classes."""
@@ -645,7 +645,7 @@ def train(args, parts):
         if run.main and run.step < args.steps:
             print(f"{run.checkpoint}: saved at step {run.step}; repeat the command")
         elif run.main:
-            run.save(whole=False)
+            run.write(folder / "model.pt", copy.deepcopy(run.ema).half())
             run.grid("samples.png")
             with style.context("default"), replacing(folder / "loss.png") as file:
                 axes = Figure(figsize=(6, 3.6), layout="constrained").subplots()

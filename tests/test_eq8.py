@@ -43,7 +43,7 @@ def test_permuted_keys_bring_other_tokens_values_in_each_picture():
     assert torch.equal(new[3], k_red)                       # a key keeps its redundancy
 
 
-def test_use_measures_lengths_zeros_and_what_the_loss_costs():
+def test_use_measures_lengths_and_what_the_loss_costs():
     model, data, seen = build(dydilit.block_parts), eq8.held_out_images("shapes", None, 20), []
     assert len(data.images) == 20 and (data.images != train.shapes(20).images).any()    # unseen
     hook = model.blocks[1].attn.differential.register_forward_hook(lambda *args: seen.append(args))

@@ -9,6 +9,7 @@ from lab import experiment, twins
 from lab.figures import (BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PINK, SKY, VIOLET, WIDTH, array,
                          clear, example)
 
+
 def bars(parts, xlabel, labels=(None,), colours=None, form="{:.0%}", base=0, loc="lower right"):
     """Horizontal bars of {name: number, or one per label}, each with its number. Returns the axes.
 

@@ -139,9 +139,6 @@ PAPER_GFLOPS = [
 
 # The paper's neighbours (system, size, overrides, GFLOPs that the paper prints). It says only that
 # "the number of blocks" was adjusted, so the depths are read off its figures; lesson 12 shows how.
-# PixArt-Sigma: 12 blocks of DiT, the last 6 with a sixteenth of the keys.
-# EDiT: 9 blocks of 17 d^2 per token, 4 for Q, K, V and output, 8 for DiT's MLP, 5 for ConvFusion at
-# half the width. The products are those of (q k^T) v with N / 4 keys at both lengths.
 # DiG: 15, 14 and 15 blocks. SwiGLU's width is a multiple of 256, which makes B one block shorter.
 # Its last product is inside a fused function of the released code, which a counter of layers does
 # not see. One d^2 is left: the scan as k^T v and q (k^T v), or values of twice the width without a

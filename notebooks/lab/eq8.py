@@ -98,7 +98,7 @@ FORMS = Divided.DENOMINATORS
 
 
 def parts_with(word):
-    """dydilit.block_parts with one of FORMS, or, after lambda0-, with lambda held at 0 as well."""
+    """dydilit.block_parts with a form of Eq. 8, one of FORMS; lambda0-FORM also holds lambda."""
     def parts(cfg, i):
         attention, mlp = dydilit.block_parts(cfg, i)
         Divided.of(getattr(attention, "differential", None), word.removeprefix("lambda0-"))
@@ -199,7 +199,8 @@ def train_one(args, data, form, lr, seed, steps):
     held_out = held_out_images(data, args.data_dir, 250)
 
     def is_watched(step):
-        return any(row | key | dict(step=str(step)) == row for row in read(RESULTS / "runs.csv"))
+        line = dict(key, step=str(step)).items()
+        return any(line <= row.items() for row in read(RESULTS / "runs.csv"))
 
     class Watched(train.Training):
         def train_step(self):
@@ -232,13 +233,12 @@ def print_table():
           if row["step"] == row["steps"]}                   # the last line of each finished run
     kids = {tuple(row[k] for k in KEY): float(row["kid"]) for row in read(RESULTS / "kid.csv")}
     errors = {key: math.log(float(row["square_whole"])) for key, row in at.items()}
-    print("data form lr seed steps | output beside V by block | squared error | "
-          "permuted mean zero | KID | alive")
+    print("data form lr seed steps | output / V | squared error | permuted mean zero | KID")
     for key, row in at.items():
         sizes = (f"{float(row[f'size_{b}']):.3f}" for b in range(1, 5))
         costs = (f"{cost(row, way):+.1%}" for way in ("permuted", "mean", "zero"))
         print(*key, "|", *sizes, "|", f"{math.exp(errors[key]):.4f}", "|", *costs, "|",
-              f"{kids.get(key, math.nan):.3f}", "|", alive(row))
+              f"{kids.get(key, math.nan):.3f}", "|", "alive" * alive(row))
     keys = {(form, data): [(data, form, f"{RATE:g}", str(seed), "1000") for seed in SEEDS]
             for form in FORMS for data in SETS}
     living = [form for form in FORMS

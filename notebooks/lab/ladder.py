@@ -1,6 +1,5 @@
 """Trains, samples and measures the systems that the paper's tables compare, with several seeds.
 
-    python notebooks/lab/ladder.py                                  all systems, on the built-in set
     python notebooks/lab/ladder.py --data cifar10 --data-dir DIR    CIFAR-10, or files in its layout
     python notebooks/lab/ladder.py --model DyDi-LiT-S/2 --steps 50000               for a GPU
     python notebooks/lab/ladder.py --variants rung6 rung6:n_heads=4,lr=1e-3         other questions
@@ -15,13 +14,13 @@ ModelConfig, knobs of train.py, or normalizer=NAME, a form of Eq. 8 in eq8.py.
 Images, timesteps and noise are the same for all variants of a seed. Each run adds a line to
 OUT/runs.csv, and one that is there already is not made again. Stopped at any moment, the same
 command goes on. With --part 0 2 and --part 1 2, two processes share the work. OUT also gets lesson
-12's floors.csv and, where rung6, sana and dit are among the variants, lesson 10's features.npz.
+12's floors and, from one process that has run rung6, sana and dit, lesson 10's features.
 """
 import argparse
 import bisect
+import fcntl
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -85,8 +84,10 @@ def settings(variant, known):
     form = changes.pop("normalizer", "length")
     if name not in known:
         raise train.Problem(f"--variants {name}: choose from {', '.join(known)}")
-    if form not in eq8.FORMS:
-        raise train.Problem(f"--variants {variant}: the normalizers are {', '.join(eq8.FORMS)}")
+    has_eq8 = name in ("rung5", "rung6", "lambda0", "increasing")
+    if form not in eq8.FORMS or form != "length" and not has_eq8:
+        raise train.Problem(f"--variants {variant}: the normalizers of rung5, rung6, lambda0 and "
+                            f"increasing are {', '.join(eq8.FORMS)}")
     parts = NEIGHBOURS.get(name, dydilit.block_parts)
     if name == "lambda0" or form != "length":
         parts = eq8.parts_with("lambda0-" * (name == "lambda0") + form)
@@ -126,7 +127,7 @@ def held_out_losses(model, data, batch=100):
 def write_floors(args):
     """Writes the squared error, by band, of always predicting the class's mean picture.
 
-    The noise cancels: what is left of its prediction's error is the picture's, times a ratio."""
+    The noise cancels. The error of the predicted noise is that of the picture, times a ratio."""
     data, held_out = training_data(args), eq8.held_out_images(args.data, args.data_dir)
     pixels, labels = train.pixels(data.images), torch.as_tensor(data.labels)
     means = torch.stack([pixels[labels == c].mean(0) for c in range(10)])
@@ -136,7 +137,7 @@ def write_floors(args):
         x, _, y, t = noisy_band(held_out, band)
         error = (ratio[t].view(-1, 1, 1, 1) * (x - means[y])).square().mean().item()
         lines.append(dict(timesteps_from=band * 1000 // BANDS, squared_error=error))
-    measures.save_log(pathlib.Path(args.out) / "floors.csv", lines)
+    measures.save_log(pathlib.Path(args.out) / f"{args.data}-floors.csv", lines)
 
 
 # ---- The runs ---------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def one_run(args, known, network, real, variant, seed):
     plain, logs = held_out_losses(model, eq8.held_out_images(args.data, args.data_dir))
     images, _ = measures.load_npz(run / "samples.npz")
     values = measures.compare(measures.extract(images, network), real)
-    return dict(commit=measures.commit(), dim=model.cfg.dim, depth=model.cfg.depth,
+    return dict(dim=model.cfg.dim, depth=model.cfg.depth,
                 honest_gmacs=sum(cost.count_macs(model)["honest"].values()) / 1e9,
                 held_out_loss=np.mean(plain), held_out_log=np.mean(logs),
                 **{f"band{b}": v for b, v in enumerate(plain)},
@@ -189,14 +190,14 @@ def keep_features(args, network):
     """Writes the features of some real and generated images, of the first seed, for a t-SNE."""
     test = eq8.held_out_images(args.data, args.data_dir, 10_000)
     source, out = {"real": (test.images, test.labels)}, {}
-    for variant in ("dit", "sana", "rung6"):
-        source[variant] = measures.load_npz(
-            run_folder(args, variant, args.first_seed) / "samples.npz")
+    for v in ("dit", "sana", "rung6"):
+        source[v] = measures.load_npz(run_folder(args, v, args.first_seed) / "samples.npz")
     for name, (images, labels) in source.items():
         pick = np.concatenate([np.flatnonzero(labels == c)[:30] for c in range(10)])
         out[name] = measures.extract(images[pick], network)["pool"].cpu().numpy().astype("float16")
         out["labels"] = labels[pick]                        # the same for all: class by class
-    np.savez_compressed(pathlib.Path(args.out) / "features.npz", names=test.names, **out)
+    np.savez_compressed(pathlib.Path(args.out) / f"{args.data}-features.npz", names=test.names,
+                        **out)
 
 
 def main():
@@ -217,17 +218,22 @@ def main():
     named = args.variants or [v for v in known if v != "lambda0" and v not in NEIGHBOURS]
     for variant in named:
         settings(variant, known)                            # refuses what it does not know
-    torch.set_num_threads(max(1, os.cpu_count() // args.part[1]))
-    write_floors(args)
-    network, real = prepare(args)
+    torch.set_num_threads(max(1, torch.get_num_threads() // max(1, args.part[1])))
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    with open(pathlib.Path(args.out) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                    # one process after the other
+        write_floors(args)
+        network, real = prepare(args)
+    commit = measures.commit()
 
     def run(*job):
-        return dict(zip(KEY, job), **one_run(args, known, network, real, *job[2:4]))
+        line = dict(zip(KEY, job), commit=commit)
+        return line | one_run(args, known, network, real, line["variant"], line["seed"])
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     jobs = [(args.data, args.model, variant, seed, args.steps, args.samples)
             for seed in seeds for variant in named]
     measures.make(run, jobs, pathlib.Path(args.out) / "runs.csv", args.part)
-    if {"dit", "sana", "rung6"} <= {*named}:
+    if {"dit", "sana", "rung6"} <= {*named} and args.part[1] == 1:
         keep_features(args, network)
 
 

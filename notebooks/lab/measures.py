@@ -225,7 +225,7 @@ def save_log(path, log):
 
 
 def add_lines(path, lines):
-    """Appends lines (dictionaries) to a table, which keeps its columns. Several processes may."""
+    """Appends dictionaries to a table, which keeps its columns. Processes may do so at once."""
     import fcntl                                # Windows has none
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", newline="") as file:
@@ -245,13 +245,15 @@ def read(path):
 def make(run, jobs, table, part=(0, 1)):
     """Adds the line run(*job) of each job to a table, whose first columns tell the jobs apart.
 
-    part: (i, n) for every n-th job from the i-th on. A job that fails doesn't keep the others."""
-    done, problems = {tuple(row.values())[:len(jobs[0])] for row in read(table)}, []
+    part: (i, n) for every n-th job from the i-th on. The others go on where one has a Problem."""
+    if not 0 <= part[0] < part[1]:
+        raise Problem(f"--part {part[0]} {part[1]}: the first must be less than the second")
+    problems = []
     for job in jobs[part[0]::part[1]]:
-        if tuple(map(str, job)) not in done:
+        if list(map(str, job)) not in [[*row.values()][:len(job)] for row in read(table)]:
             try:
                 add_lines(table, [run(*job)])
-            except Problem as problem:
+            except (Problem, torch.OutOfMemoryError) as problem:
                 problems.append(f"{', '.join(map(str, job))}: {problem}")
     if problems:
         raise Problem("\n".join(problems))
