@@ -24,8 +24,10 @@ def test_the_stages_make_the_runs_of_the_plan(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "run_recall", run)
     monkeypatch.setattr(experiment, "run_twins", lambda arm, seed: dict(arm=arm, seed=seed))
     assert len(made("pilot", "--part", "0", "2")) == 19 * 3 * 3         # of each rate one seed
-    with pytest.raises(SystemExit, match="no attention lacks pilot runs on sharpness"):
-        made("main")
+    for argv, says in (["main"], "no attention lacks pilot runs on sharpness"), (
+            ["pilot", "--part", "2", "2"], "--part 2 2: the first must be less than the second"):
+        with pytest.raises(SystemExit, match=says):
+            made(*argv)
     rows = made("pilot", "--part", "1", "2")
     jobs = product(("100", "101"), ("0.003", "0.01", "0.03"))
     assert len(rows) == 19 * 3 * 6 and {(row["seed"], row["rate"]) for row in rows} == {*jobs}

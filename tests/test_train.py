@@ -648,15 +648,13 @@ def bad_places(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("bad")
     checkpoint(tmp_path / "evil", x=Evil())
     checkpoint(tmp_path / "plain")
-    (tmp_path / "alien").mkdir()
-    (tmp_path / "alien" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     latent_files(tmp_path / "few-labels", n=15)
     latent_files(tmp_path / "unfinished", done=9)
     os.truncate(cifar_files(tmp_path / "short-cifar") / "data_batch_3.bin", 9999)
     image_tree(tmp_path / "pets", count=8)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("")
+    for path in ("alien/checkpoint.pt", "mine/thesis.txt", "file"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("years of work")
     return tmp_path, snapshot(tmp_path)
 
 
