@@ -1,7 +1,6 @@
 """The notebooks run, their exercises can be solved, and what is committed is what they show."""
 import base64
 import io
-import math
 import re
 
 import matplotlib
@@ -134,8 +133,6 @@ def test_shares_by_hand():
     row[ex.face.nonzero()[0]], row[ex.sky.nonzero()[0]], row[0] = 3.0, 1.0, -2.0
     found = helpers.shares(row, ex)
     assert (found.face, found.sky, found.negative) == pytest.approx((3 / 4, 1 / 4, 1 / 3))
-    entropy = -sum(p * math.log(p) for p in (1 / 2, 1 / 6, 1 / 3)) / math.log(256)
-    assert found.entropy == pytest.approx(entropy)
 
 
 def test_an_animation_keeps_its_frames(monkeypatch):

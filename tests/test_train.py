@@ -509,12 +509,13 @@ def test_train_and_dydilit_need_no_other_file(tmp_path):
 def test_folders_train_at_their_size_and_with_their_own_images_only(cli, tmp_path):
     image_tree(tmp_path / "a" / "pets")
     Image.new("RGB", (48, 48)).save(image_tree(tmp_path / "b" / "pets") / "dog" / "3.png")
+    os.rename(image_tree(tmp_path / "c" / "pets") / "cat" / "5.png", "c/pets/dog/!.png")   # a label
     cli(*TINY, "--data", "a/pets", "--image-size", "16", "--steps", "1")
     state = load("runs/pets")
     assert state["data"]["names"] == ["cat", "dog"] and state["model"]["image_size"] == 16
     before = snapshot(pathlib.Path("runs"))
-    for flags, named in [(["--data", "b/pets"], "data_crc32"), (["--lr", "0.5"], "lr 0.004"),
-                         (["--set", "dim=24"], "dim 16, not 24")]:
+    for flags, named in [(["--data", "b/pets"], "data_crc32"), (["--data", "c/pets"], "data_crc32"),
+                         (["--lr", "0.5"], "lr 0.004"), (["--set", "dim=24"], "dim 16, not 24")]:
         with pytest.raises(SystemExit, match=f"this run has {named}.* choose another --run"):
             cli(*TINY, "--data", "a/pets", "--image-size", "16", "--steps", "2", *flags)
     assert snapshot(pathlib.Path("runs")) == before
