@@ -22,10 +22,6 @@ def spoiled(answer):
 """
 
 
-def committed(path):
-    return nbformat.read(path, as_version=4)
-
-
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -82,14 +78,14 @@ def test_the_set_is_complete_and_stays_small():
     assert re.findall(r"\]\((\w+\.ipynb)\)", syllabus) == [path.name for path in NOTEBOOKS]
     sizes = [path.stat().st_size for path in NOTEBOOKS]
     assert max(sizes) <= 700_000 and sum(sizes) <= 7_000_000
-    assert sum(len(cell.source.split()) for path in NOTEBOOKS for cell in committed(path).cells
+    assert sum(len(cell.source.split()) for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells
                if cell.cell_type == "markdown") <= 27_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
     def test_committed_outputs_belong_to_the_code_and_hold_no_path_warning_or_trail(self, path):
-        for count, cell in enumerate(code_cells(committed(path)), 1):
+        for count, cell in enumerate(code_cells(nbformat.read(path, 4)), 1):
             assert cell.execution_count == count and cell.metadata.get("executed") == stamp(cell), \
                 f"run notebooks/lab/execute.py: changed since\n{cell.source}"
             for out in cell.outputs:
@@ -99,7 +95,7 @@ class TestNotebook:
                                  r"\r|object at 0x|" + re.escape(str(HERE.parent)), texts(cell))
 
     def test_says_what_one_learns_in_pictures_exercises_and_small_cells(self, path):
-        notebook = committed(path)
+        notebook = nbformat.read(path, 4)
         title, (first, *others) = notebook.cells[0].source, code_cells(notebook)
         assert title.startswith(f"# {name(path)} · ")
         assert "After this notebook you" in title and "CPU" in title
@@ -111,7 +107,7 @@ class TestNotebook:
 
     @pytest.mark.slow
     def test_runs_from_a_fresh_kernel_shows_what_is_committed_and_checks_answers(self, path):
-        before = committed(path)
+        before = nbformat.read(path, 4)
         tasks = exercises(before)
         fresh_cells = execute(path, and_then=[
             source for name, solution, check in tasks.values()
@@ -133,6 +129,11 @@ def test_shares_by_hand():
     row[ex.face.nonzero()[0]], row[ex.sky.nonzero()[0]], row[0] = 3.0, 1.0, -2.0
     found = helpers.shares(row, ex)
     assert (found.face, found.sky, found.negative) == pytest.approx((3 / 4, 1 / 4, 1 / 3))
+
+
+def test_a_diagram_lights_only_what_it_has():
+    with pytest.raises(ValueError, match="no such part: engine; there are X, shared projection"):
+        figures.module_diagram("attention", "engine")
 
 
 def test_an_animation_keeps_its_frames(monkeypatch):

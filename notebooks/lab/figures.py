@@ -416,6 +416,8 @@ class Sketch:
     """Boxes and arrows on a figure 11 inches wide; what isn't lit is grey and below what is."""
 
     def __init__(self, width, height, lit, colours):
+        if unknown := set(lit) - set(colours):
+            raise ValueError(f"no such part: {', '.join(unknown)}; there are {', '.join(colours)}")
         self.lit = set(lit or colours)
         self.colours = {part: colours[part] if part in self.lit else DIM for part in colours}
         self.ax = plt.subplots(figsize=(11, 11 * height / width))[1]

@@ -124,11 +124,11 @@ def held_out_losses(model, data, batch=100):
     return plain, logs
 
 
-def write_floors(args):
+def write_floors(args, data):
     """Writes the squared error, by band, of always predicting the class's mean picture.
 
     The noise cancels. The error of the predicted noise is that of the picture, times a ratio."""
-    data, held_out = training_data(args), eq8.held_out_images(args.data, args.data_dir)
+    held_out = eq8.held_out_images(args.data, args.data_dir)
     pixels, labels = train.pixels(data.images), torch.as_tensor(data.labels)
     means = torch.stack([pixels[labels == c].mean(0) for c in range(10)])
     diffusion, lines = dydilit.GaussianDiffusion(), []
@@ -142,18 +142,14 @@ def write_floors(args):
 
 # ---- The runs ---------------------------------------------------------------------------------
 
-def training_data(args):
-    return train.shapes() if args.data == "shapes" else train.cifar10(args.data_dir)
-
-
 def run_folder(args, variant, seed):
     words = args.data, args.model.replace("/", "-"), variant.replace(":", "-"), args.steps, seed
     return pathlib.Path(args.out) / "-".join(map(str, words))
 
 
-def prepare(args):
+def prepare(args, data):
     """The classifier that measures all runs, and its features of 10,000 training images."""
-    data, kept = training_data(args), pathlib.Path(args.out) / f"{args.data}-classifier.pt"
+    kept = pathlib.Path(args.out) / f"{args.data}-classifier.pt"
     if not kept.exists():
         network = measures.train_classifier(data.images, data.labels, len(data.names))
         with train.replacing(kept) as file:
@@ -196,8 +192,7 @@ def keep_features(args, network):
         pick = np.concatenate([np.flatnonzero(labels == c)[:30] for c in range(10)])
         out[name] = measures.extract(images[pick], network)["pool"].cpu().numpy().astype("float16")
         out["labels"] = labels[pick]                        # the same for all: class by class
-    np.savez_compressed(pathlib.Path(args.out) / f"{args.data}-features.npz", names=test.names,
-                        **out)
+    np.savez_compressed(f"{args.out}/{args.data}-features.npz", names=test.names, **out)
 
 
 def main():
@@ -213,6 +208,7 @@ def main():
     add("--samples", type=train.positive, default=500, help="per run; default: %(default)s")
     add("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     add("--out", default="runs/ladder", help="folder; default: %(default)s")
+    parser.set_defaults(image_size=None)                    # which train.load_data asks for
     args = parser.parse_args()
     known = variants(args.model)
     named = args.variants or [v for v in known if v != "lambda0" and v not in NEIGHBOURS]
@@ -222,17 +218,20 @@ def main():
     pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     with open(pathlib.Path(args.out) / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                    # one process after the other
-        write_floors(args)
-        network, real = prepare(args)
+        data = train.load_data(args)
+        write_floors(args, data)
+        network, real = prepare(args, data)
     commit = measures.commit()
 
     def run(*job):
         line = dict(zip(KEY, job), commit=commit)
         return line | one_run(args, known, network, real, line["variant"], line["seed"])
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
     jobs = [(args.data, args.model, variant, seed, args.steps, args.samples)
-            for seed in seeds for variant in named]
-    measures.make(run, jobs, pathlib.Path(args.out) / "runs.csv", args.part)
+            for seed in range(args.first_seed, args.first_seed + args.seeds) for variant in named]
+    with open(pathlib.Path(args.out) / f".lock-{args.part[0]}", "w") as lock:
+        with train.blaming(args.out, "another process is at work on this part", BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        measures.make(run, jobs, pathlib.Path(args.out) / "runs.csv", args.part)
     if {"dit", "sana", "rung6"} <= {*named} and args.part[1] == 1:
         keep_features(args, network)
 

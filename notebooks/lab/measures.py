@@ -248,9 +248,9 @@ def make(run, jobs, table, part=(0, 1)):
     part: (i, n) for every n-th job from the i-th on. The others go on where one has a Problem."""
     if not 0 <= part[0] < part[1]:
         raise Problem(f"--part {part[0]} {part[1]}: the first must be less than the second")
-    problems = []
+    done, problems = {tuple(row.values())[:len(jobs[0])] for row in read(table)}, []
     for job in jobs[part[0]::part[1]]:
-        if list(map(str, job)) not in [[*row.values()][:len(job)] for row in read(table)]:
+        if tuple(map(str, job)) not in done:
             try:
                 add_lines(table, [run(*job)])
             except (Problem, torch.OutOfMemoryError) as problem:
